@@ -1,0 +1,31 @@
+"""One micro-batch of packed token sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of S tokens. Labels are already shifted: labels[b, t] is the target of position t."""
+
+    input_ids: Tensor
+    """int64 [B, S]."""
+    labels: Tensor
+    """int64 [B, S]; -100 is ignored by the loss."""
+    segment_ids: Tensor
+    """int32 [B, S]; 0, 1, 2 ... numbers the documents inside a sample."""
+    position_ids: Tensor
+    """int32 [B, S]; restarts at 0 with each segment."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; copies from pinned memory do not block."""
+        return Batch(
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            segment_ids=self.segment_ids.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+        )

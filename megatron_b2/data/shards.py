@@ -1,0 +1,97 @@
+"""Cutting the input files of `b2 preprocess` into shards of about equal size.
+
+A shard is a run of pieces; a piece is a whole file or, for plain `.jsonl`, a range of whole lines. The cut
+depends on the inputs alone, never on the number of workers, so a later run can reuse finished shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+MIN_SHARD_BYTES = 4 << 20
+"""A shard is a few seconds of work on one core ..."""
+MAX_SHARDS = 4096
+"""... unless that would make more shards than this."""
+
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes [start, stop) of one input file; line `first_line` is the first in them."""
+
+    path: Path
+    start: int
+    stop: int
+    first_line: int = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of input."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ScannedFile:
+    """An input file, read once: its hash and the pieces it may be cut into."""
+
+    path: Path
+    sha256: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.pieces[-1].stop
+
+
+def shard_bytes(total_bytes: int) -> int:
+    """Target size of a shard for inputs of `total_bytes`."""
+    return max(MIN_SHARD_BYTES, -(-total_bytes // MAX_SHARDS))
+
+
+def scan_file(path: Path, *, target_bytes: int) -> ScannedFile:
+    """Hash a file and, if it is plain JSON lines, find the line ends where it can be cut: one pass."""
+    digest = hashlib.sha256()
+    splittable = path.suffix == ".jsonl"
+    pieces: list[Piece] = []
+    start, first_line, offset, line = 0, 1, 0, 1
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            if splittable:
+                begin = 0  # of the part of the block not yet counted
+                while (cut := _line_end(block, max(begin, start + target_bytes - offset - 1))) > 0:
+                    line += block.count(b"\n", begin, cut)
+                    pieces.append(Piece(path, start, offset + cut, first_line))
+                    start, first_line, begin = offset + cut, line, cut
+                line += block.count(b"\n", begin)
+            offset += len(block)
+    if offset > start or not pieces:
+        pieces.append(Piece(path, start, offset, first_line))
+    return ScannedFile(path, digest.hexdigest(), tuple(pieces))
+
+
+def _line_end(block: bytes, minimum: int) -> int:
+    """End of the first line that ends at byte `minimum` of the block or later; 0 if none does."""
+    return block.find(b"\n", minimum) + 1 if minimum < len(block) else 0
+
+
+def plan_shards(files: Sequence[ScannedFile], *, target_bytes: int) -> list[tuple[Piece, ...]]:
+    """Group the pieces of all files, in order, into shards of at least `target_bytes` (but for the last)."""
+    shards: list[tuple[Piece, ...]] = []
+    current: list[Piece] = []
+    size = 0
+    for piece in chain.from_iterable(file.pieces for file in files):
+        current.append(piece)
+        size += piece.size
+        if size >= target_bytes:
+            shards.append(tuple(current))
+            current, size = [], 0
+    if current:
+        shards.append(tuple(current))
+    return shards

@@ -1,0 +1,212 @@
+"""The engine: one optimizer step over micro-batches, the same arithmetic whatever shards the state.
+
+The loss is a sum divided by the global number of targets before the backward pass (architecture decision
+D9), so neither gradient accumulation nor the number of ranks changes a gradient. Non-finite losses and
+gradients are found before the optimizer moves anything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_b2.checkpoint.logical import LogicalState
+from megatron_b2.config.schema import RunConfig
+from megatron_b2.data.batch import Batch
+from megatron_b2.engine.finite import FiniteGuard, first_nonfinite_layer
+from megatron_b2.errors import NonFiniteError
+from megatron_b2.model.model import BaichuanModel
+from megatron_b2.ops.head_loss import IGNORE_INDEX, HeadLoss
+from megatron_b2.parallel.comm import Comm
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. Tensors are 0-dim fp32 on the engine's device."""
+
+    loss: Tensor
+    """ce + max_z_weight * max_z, mean over the global batch."""
+    ce: Tensor
+    """Cross-entropy, mean over the targets of the global batch."""
+    max_z: Tensor
+    """Squared largest logit, mean over the positions of the global batch."""
+    grad_norm: Tensor
+    """Global gradient norm before clipping."""
+    tokens: int
+    """Input tokens of the global batch."""
+    skipped: bool
+    """True if a non-finite value made the step leave everything as it was."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over a validation batch of all ranks; tensors as in `StepResult`."""
+
+    loss: Tensor
+    ce: Tensor
+    max_z: Tensor
+    num_targets: int
+    """Targets counted in the cross-entropy."""
+
+
+@dataclass(frozen=True)
+class _Scales:
+    targets: Tensor
+    positions: Tensor
+    ce: Tensor
+    z: Tensor
+
+
+class Engine(ABC):
+    """Runs the model on this rank and keeps weights and optimizer state.
+
+    Args:
+        config: the whole run.
+        comm: the data-parallel ranks.
+        device: where this rank computes.
+    """
+
+    model: BaichuanModel
+
+    def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device) -> None:
+        self.config = config
+        self.comm = comm
+        self.device = device
+        self.dp_rank = comm.rank
+        self.dp_size = comm.size
+
+    # What a kind of engine provides.
+
+    @abstractmethod
+    def _forward(self, batch: Batch, ce_scale: Tensor, z_scale: Tensor) -> HeadLoss:
+        """Loss sums of one micro-batch."""
+
+    @abstractmethod
+    def _backward(self, total: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; reduce them over the ranks at the latest when `last`."""
+
+    @abstractmethod
+    def _update(self, lr: float) -> Tensor:
+        """Clip, step the optimizer, clear gradients; the gradient norm before clipping, 0-dim."""
+
+    @abstractmethod
+    def _discard_gradients(self) -> None:
+        """Forget what was accumulated, as if the step had not been."""
+
+    @abstractmethod
+    def _all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+
+    @abstractmethod
+    def logical_state(self) -> LogicalState:
+        """Weights and optimizer state as views of this rank's memory; writing into them loads."""
+
+    @abstractmethod
+    def state_loaded(self) -> None:
+        """Make the working weights follow what was written into `logical_state`."""
+
+    # What all share.
+
+    def _start(self, model: BaichuanModel) -> None:
+        self.model = model
+        self._guard = FiniteGuard(model, device=self.device)
+
+    def train_step(self, micro: Sequence[Batch], *, lr: float, step: int) -> StepResult:
+        """Forward, backward, reduce, check, clip, update.
+
+        Args:
+            micro: this rank's micro-batches of the global batch.
+            lr: learning rate of this step.
+            step: 1-based number of the step, for messages.
+
+        Raises:
+            NonFiniteError: a loss or gradient is NaN or infinite and train.on_nonfinite is "stop"; weights
+                and optimizer state are as before the step.
+        """
+        micro = [batch.to(self.device) for batch in micro]
+        scales = self._scales(micro)
+        sums = torch.zeros(2, device=self.device)
+        self._guard.reset()
+        for index, batch in enumerate(micro):
+            # Engines average gradients over ranks, hence the factor dp_size.
+            out = self._forward(batch, scales.ce * self.dp_size, scales.z * self.dp_size)
+            self._backward(out.total, last=index == len(micro) - 1)
+            sums += torch.stack([out.ce, out.max_z])
+        skipped = self._nonfinite(micro, sums, step)
+        if skipped:
+            self._discard_gradients()
+            grad_norm = torch.full((), torch.nan, device=self.device)
+        else:
+            grad_norm = self._update(lr)
+        ce, max_z = self._means(sums, scales)
+        tokens = self.dp_size * sum(batch.input_ids.numel() for batch in micro)
+        loss = ce + self.config.train.max_z_weight * max_z
+        return StepResult(loss, ce, max_z, grad_norm, tokens, skipped)
+
+    @torch.no_grad()
+    def eval_step(self, micro: Sequence[Batch]) -> EvalResult:
+        """Losses of this rank's share of a validation batch, averaged over all ranks."""
+        micro = [batch.to(self.device) for batch in micro]
+        scales = self._scales(micro)
+        sums = torch.zeros(2, device=self.device)
+        self.model.eval()
+        for batch in micro:
+            out = self._forward(batch, scales.ce, scales.z)
+            sums += torch.stack([out.ce, out.max_z])
+        self.model.train()
+        ce, max_z = self._means(sums, scales)
+        loss = ce + self.config.train.max_z_weight * max_z
+        return EvalResult(loss, ce, max_z, int(scales.targets.item()))
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """Random-number state of this rank, uint8 tensors."""
+        state = {"rng/cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def load_rank_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `rank_state` returned on this rank."""
+        torch.set_rng_state(state["rng/cpu"])
+        if self.device.type == "cuda" and "rng/cuda" in state:
+            torch.cuda.set_rng_state(state["rng/cuda"], self.device)
+
+    def _scales(self, micro: Sequence[Batch]) -> _Scales:
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in micro:
+            counts[0] += (batch.labels != IGNORE_INDEX).sum()
+            counts[1] += batch.labels.numel()
+        targets, positions = self._all_reduce_sum(counts).unbind()
+        ce = (1.0 / targets.clamp(min=1)).float()
+        z = (self.config.train.max_z_weight / positions).float()
+        return _Scales(targets, positions, ce, z)
+
+    def _means(self, sums: Tensor, scales: _Scales) -> tuple[Tensor, Tensor]:
+        total = self._all_reduce_sum(sums.double())
+        ce, max_z = total / torch.stack([scales.targets.clamp(min=1), scales.positions])
+        return ce.float(), max_z.float()
+
+    def _nonfinite(self, micro: Sequence[Batch], sums: Tensor, step: int) -> bool:
+        """Whether any rank met a non-finite value; raises on all ranks if the run is to stop."""
+        loss_is_finite = bool(torch.isfinite(sums).all())
+        parameter = self._guard.culprit()
+        if not self.comm.all_reduce_max(int(not loss_is_finite or parameter is not None)):
+            return False
+        if self.config.train.on_nonfinite == "skip":
+            return True
+        finding = None
+        if self.comm.all_reduce_max(int(not loss_is_finite)):
+            layer = first_nonfinite_layer(self.model, micro)
+            finding = layer and f"loss is not finite, first seen in the output of {layer}"
+        elif parameter is not None:
+            finding = f"gradient of {parameter} is not finite"
+        findings = self.comm.all_gather_object(finding)
+        lines = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(findings) if text is not None)
+        raise NonFiniteError(
+            f"step {step}: {lines}. Nothing was updated: resume from the last checkpoint with a lower "
+            'optim.max_lr, or set train.on_nonfinite = "skip"'
+        )

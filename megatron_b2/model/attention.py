@@ -1,0 +1,66 @@
+"""Self-attention of one block: fused QKV, rotary or ALiBi positions, output projection.
+
+Shapes: B batch, S sequence, H heads, D head width, h = H D.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_b2.config.schema import ModelConfig
+from megatron_b2.model.cache import KVCache
+from megatron_b2.ops.attention import Documents, causal_attention
+from megatron_b2.ops.rope import apply_rope
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Position information of one forward pass, shared by all blocks."""
+
+    rope: tuple[Tensor, Tensor] | None
+    """cos and sin, fp32 [B or 1, S, D/2]; none for ALiBi."""
+    alibi_slopes: Tensor | None
+    """fp32 [H]; none for RoPE."""
+    documents: Documents | None
+    """Packed documents; none for one document a row."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention without bias (report section 2.4)."""
+
+    def __init__(
+        self, config: ModelConfig, *, recompute_core: bool, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        h = config.hidden_size
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.recompute_core = recompute_core
+        self.qkv = nn.Linear(h, 3 * h, bias=False, dtype=dtype, device=device)
+        """Rows Q | K | V as three blocks, as the published W_pack."""
+        self.output = nn.Linear(h, h, bias=False, dtype=dtype, device=device)
+
+    def forward(
+        self, x: Tensor, positions: Positions, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """[B, S, h] to [B, S, h]; with a cache, x are the positions after those it holds."""
+        qkv = self.qkv(x)
+        if self.recompute_core and torch.is_grad_enabled():
+            core = checkpoint(self._core, qkv, positions, None, layer, use_reentrant=False)
+        else:
+            core = self._core(qkv, positions, cache, layer)
+        out: Tensor = self.output(core)
+        return out
+
+    def _core(self, qkv: Tensor, positions: Positions, cache: KVCache | None, layer: int) -> Tensor:
+        batch, length, _ = qkv.shape
+        q, k, v = qkv.view(batch, length, 3, self.num_heads, self.head_dim).unbind(2)
+        if positions.rope is not None:
+            q, k = (apply_rope(part, *positions.rope) for part in (q, k))
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        out = causal_attention(q, k, v, alibi_slopes=positions.alibi_slopes, documents=positions.documents)
+        return out.reshape(batch, length, self.num_heads * self.head_dim)

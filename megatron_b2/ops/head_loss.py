@@ -1,0 +1,153 @@
+"""NormHead, cross-entropy and max-z loss in one operation over chunks of tokens.
+
+Per token t with logits z_v = x_t . w_v / ||w_v||:  ce_t = logsumexp(z) - z_label,  maxz_t = (max_v z_v)^2
+(report section 2.5). Neither the [T, V] logits nor W / ||W|| ever exist: each chunk of tokens makes its
+logits, its loss and - when a gradient is wanted - its gradients at once, in one reused buffer. With
+n_v = 1 / ||w_v|| and delta = d total / d z:
+    dx = (delta n) W,   G = (delta n)^T x,   dw_v = G_v - n_v^2 <w_v, G_v> w_v,
+so every row's gradient is orthogonal to the row. Accumulation over chunks is fp32. The max passes its
+gradient to one index only, the lowest among ties.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_b2.ops.norm_head import EPS, inverse_row_norms
+
+IGNORE_INDEX = -100
+_CHUNK_ELEMENTS = 12 * 2**20
+_MAX_CHUNK_TOKENS = 1024
+_CACHED_ELEMENTS = 2**20
+
+
+class HeadLoss(NamedTuple):
+    """Sums over tokens, 0-dim fp32; only `total` carries a gradient."""
+
+    total: Tensor
+    """ce_scale * ce + z_scale * max_z."""
+    ce: Tensor
+    """Sum of the cross-entropy over tokens whose label is not -100."""
+    max_z: Tensor
+    """Sum of the squared largest logit over all tokens."""
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Tokens whose logits are in memory at once: 48 MiB of fp32, at most 1,024 tokens (our choice)."""
+    return max(1, min(_CHUNK_ELEMENTS // vocab_size, _MAX_CHUNK_TOKENS))
+
+
+class _NormHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ce_scale: Tensor, z_scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        inverse_norms = inverse_row_norms(weight)
+        ce = hidden.new_zeros((), dtype=torch.float32)
+        max_z = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
+        size = min(chunk_tokens(len(weight)), len(hidden))
+        buffer = torch.empty(size, len(weight), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), size):
+            x, target = hidden[start : start + size], labels[start : start + size]
+            counted = target != IGNORE_INDEX
+            target = target.where(counted, 0)
+            probs = _logits(x, weight, buffer)
+            top, top_index, target_logit, lse = _softmax_(probs, inverse_norms, target)
+            ce += ((lse - target_logit) * counted).sum()
+            max_z += top.square().sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            ce_grad = (counted * ce_scale).unsqueeze(1)
+            z_grad = (2 * z_scale * top * inverse_norms[top_index]).unsqueeze(1)
+            probs = probs.to(weight.dtype)
+            # delta = ce_grad (p - 1_label) + z_grad 1_top: the two single columns are added as rows.
+            label_grad = ce_grad * inverse_norms[target].unsqueeze(1)
+            grad_x = torch.matmul(probs, weight).float().mul_(ce_grad)
+            grad_x.addcmul_(weight[target].float(), label_grad, value=-1)
+            grad_x.addcmul_(weight[top_index].float(), z_grad)
+            grad_hidden[start : start + size] = grad_x
+            x_fp32 = x.float()
+            _accumulate(grad_weight, probs, (x_fp32 * ce_grad).to(x.dtype))
+            grad_weight.index_add_(0, target, x_fp32 * label_grad, alpha=-1)
+            grad_weight.index_add_(0, top_index, x_fp32 * z_grad)
+        if grad_weight is not None:
+            _project(grad_weight, weight, inverse_norms)
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(ce, max_z)
+        return ce_scale * ce + z_scale * max_z, ce, max_z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if bool(grad != 1):
+            grad_hidden, grad_weight = grad_hidden * grad, grad_weight * grad
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """x W^T in the first rows of the fp32 buffer."""
+    rows = buffer[: len(x)]
+    if weight.dtype == torch.float32:
+        return torch.matmul(x, weight.t(), out=rows)
+    return rows.copy_(torch.matmul(x, weight.t()))
+
+
+def _softmax_(logits: Tensor, inverse_norms: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Turn raw products [T, V] into n_v p_v in place, a few cache-sized rows at a time.
+
+    Returns the largest logit, its index, the target's logit and the log-sum-exp, each [T].
+    """
+    parts = []
+    rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
+    for block, wanted in zip(logits.split(rows), target.split(rows), strict=True):
+        block.mul_(inverse_norms)
+        top, top_index = block.max(dim=1)
+        target_logit = block.gather(1, wanted.unsqueeze(1)).squeeze(1)
+        torch.softmax(block, dim=1, out=block)
+        lse = top - block.gather(1, top_index.unsqueeze(1)).squeeze(1).log()
+        block.mul_(inverse_norms)
+        parts.append((top, top_index, target_logit, lse))
+    top, top_index, target_logit, lse = (torch.cat(column) for column in zip(*parts, strict=True))
+    return top, top_index, target_logit, lse
+
+
+def _accumulate(grad_weight: Tensor, scaled: Tensor, x: Tensor) -> None:
+    if scaled.dtype == torch.float32:
+        grad_weight.addmm_(scaled.t(), x)
+    else:
+        grad_weight += torch.matmul(scaled.t(), x)
+
+
+def _project(grad_weight: Tensor, weight: Tensor, inverse_norms: Tensor) -> None:
+    """G_v -= n_v^2 <w_v, G_v> w_v in place; rows at or below the norm floor keep G_v (the clamp is flat)."""
+    for start in range(0, len(weight), 8192):
+        rows = slice(start, start + 8192)
+        w = weight[rows].float()
+        inner = torch.linalg.vecdot(w, grad_weight[rows])
+        factor = (inner * inverse_norms[rows].square()).where(inverse_norms[rows] < 1 / EPS, 0)
+        grad_weight[rows].addcmul_(w, factor.unsqueeze(1), value=-1)
+
+
+def norm_head_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, ce_scale: Tensor | float, z_scale: Tensor | float
+) -> HeadLoss:
+    """Weighted sum of cross-entropy and max-z over tokens, and both sums.
+
+    Args:
+        hidden: [T, H] final hidden states.
+        weight: [V, H] raw NormHead rows, same dtype.
+        labels: int64 [T]; -100 takes no part in the cross-entropy but does in max-z, as published.
+        ce_scale: factor of the cross-entropy sum, normally 1 / (targets of the global batch).
+        z_scale: factor of the max-z sum, normally max_z_weight / (positions of the global batch).
+
+    Returns:
+        `HeadLoss`; the gradient of `total` was computed together with it.
+    """
+    scales = (torch.as_tensor(s, dtype=torch.float32, device=hidden.device) for s in (ce_scale, z_scale))
+    return HeadLoss(*_NormHeadLoss.apply(hidden, weight, labels, *scales))

@@ -1,0 +1,155 @@
+"""When a run saves, what goes into its checkpoints, and how it continues from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_b2.checkpoint.catalog import RUN_SUBFOLDER, latest_checkpoint, prune_checkpoints
+from megatron_b2.checkpoint.reading import load_into
+from megatron_b2.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_b2.config.encode import to_dict, to_toml
+from megatron_b2.config.schema import RunConfig
+from megatron_b2.engine.base import Engine
+from megatron_b2.errors import CheckpointError
+from megatron_b2.parallel.comm import Comm
+from megatron_b2.training.events import RunState
+
+CONFIG_FILE = "config.toml"
+TOKENIZER_FILE = "tokenizer.model"
+
+
+class RunCheckpoints:
+    """The checkpoints of one run, in `output_dir/checkpoints`. All methods that do something are collective.
+
+    `data_fingerprint` and `tokenizer_fingerprint` are stored and compared on resume; `tokenizer_model` is the
+    SentencePiece file, copied beside the weights so that a checkpoint can write text on its own.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        comm: Comm,
+        data_fingerprint: str,
+        tokenizer_fingerprint: str | None,
+        tokenizer_model: bytes | None,
+    ) -> None:
+        self._config = config
+        self._comm = comm
+        self._fingerprints = {
+            "data_fingerprint": data_fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+        }
+        self._files = {CONFIG_FILE: to_toml(config).encode()}
+        if tokenizer_model is not None:
+            self._files[TOKENIZER_FILE] = tokenizer_model
+        self._engine: Engine | None = None
+        self.root = Path(config.output_dir) / RUN_SUBFOLDER
+        self.saved_step: int | None = None
+        """Step of the checkpoint saved or resumed from last."""
+        self.saved_path: Path | None = None
+
+    def find(self) -> CheckpointReader | None:
+        """The checkpoint to resume from, none for a fresh run; nothing is written.
+
+        Raises CheckpointError when the newest whole checkpoint is of other data or another batch size, or
+        when there is one and `checkpoint.resume` is "never".
+        """
+        if self._config.checkpoint.resume == "never":
+            occupied: bool = self._comm.all_gather_object(self.root.is_dir() and any(self.root.iterdir()))[0]
+            if occupied:
+                raise CheckpointError(
+                    f'{self.root} holds checkpoints of an earlier run but checkpoint.resume is "never"; '
+                    'set it to "auto" to continue, or choose another output_dir'
+                )
+            return None
+        path = latest_checkpoint(self.root, comm=self._comm)
+        if path is None:
+            return None
+        reader = CheckpointReader(path)
+        _require_same_run(reader, self._config, self._fingerprints)
+        return reader
+
+    def attach(self, engine: Engine) -> None:
+        """The engine whose state is saved and restored."""
+        self._engine = engine
+
+    def restore(self, reader: CheckpointReader) -> RunState:
+        """Load everything into the engine; returns how far the run was.
+
+        Random-number states are restored when the number of ranks is the same; else they stay fresh.
+        """
+        engine = self._attached()
+        load_into(reader, engine.logical_state())
+        engine.state_loaded()
+        if reader.meta["world_size"] == self._comm.size:
+            engine.load_rank_state(reader.rank_state(self._comm.rank))
+        self.saved_step, self.saved_path = reader.step, reader.path
+        return RunState(step=reader.step, tokens=reader.tokens, seconds=float(reader.meta["seconds"]))
+
+    def due(self, state: RunState) -> bool:
+        """Whether this step ends a save interval or has passed a token milestone."""
+        settings = self._config.checkpoint
+        by_steps = settings.interval > 0 and state.step % settings.interval == 0
+        every = settings.milestone_tokens
+        before = state.tokens - self._config.tokens_per_step
+        return by_steps or (every > 0 and state.tokens // every > before // every)
+
+    def save(self, state: RunState) -> Path:
+        """Write a checkpoint, then remove those that retention does not keep."""
+        engine, settings = self._attached(), self._config.checkpoint
+        path = save_checkpoint(
+            self.root,
+            step=state.step,
+            tokens=state.tokens,
+            state=engine.logical_state(),
+            rank_state=engine.rank_state(),
+            meta=self._meta(state),
+            files=self._files,
+            comm=self._comm,
+        )
+        if self._comm.rank == 0:
+            prune_checkpoints(
+                self.root,
+                keep_last=settings.keep_last,
+                keep_every=settings.keep_every,
+                milestone_tokens=settings.milestone_tokens,
+            )
+        self.saved_step, self.saved_path = state.step, path
+        return path
+
+    def _attached(self) -> Engine:
+        assert self._engine is not None, "attach() an engine first"
+        return self._engine
+
+    def _meta(self, state: RunState) -> Mapping[str, Any]:
+        return {
+            **self._fingerprints,
+            "world_size": self._comm.size,
+            "seconds": state.seconds,
+            "run": to_dict(self._config),
+        }
+
+
+def _require_same_run(
+    reader: CheckpointReader, config: RunConfig, fingerprints: Mapping[str, str | None]
+) -> None:
+    """The position in the data is step x global batch size: data and size must be what they were."""
+    for key, now in fingerprints.items():
+        stored = reader.meta.get(key)
+        if stored != now:
+            what = key.removesuffix("_fingerprint")
+            raise CheckpointError(
+                f"{reader.path} was trained with other {what} (fingerprint {str(stored)[:12]}, now "
+                f"{str(now)[:12]}): restore the {what} settings and files of its {CONFIG_FILE}, or start a "
+                "new run in another output_dir with checkpoint.init_from set to this checkpoint"
+            )
+    stored_batch = reader.meta["run"]["train"]["global_batch_size"]
+    if stored_batch != config.train.global_batch_size:
+        raise CheckpointError(
+            f"{reader.path} was trained with train.global_batch_size = {stored_batch}, now "
+            f"{config.train.global_batch_size}: samples would be skipped or repeated; keep {stored_batch}, "
+            "or start a new run in another output_dir with checkpoint.init_from set to this checkpoint"
+        )

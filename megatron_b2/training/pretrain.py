@@ -1,0 +1,216 @@
+"""A whole pre-training run: check everything, build, resume, train, sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from megatron_b2.checkpoint.store import CheckpointReader
+from megatron_b2.checkpoint.weights import load_weights, open_weights
+from megatron_b2.config.checks import check_for_training
+from megatron_b2.config.encode import to_toml
+from megatron_b2.config.schema import RunConfig
+from megatron_b2.data.blended import BlendedDataset
+from megatron_b2.data.loader import TrainLoader
+from megatron_b2.documents.atomic import atomic_file, write_json
+from megatron_b2.engine.base import Engine
+from megatron_b2.engine.build import build_engine, initialize_engine
+from megatron_b2.errors import TokenizerError
+from megatron_b2.parallel.comm import Comm
+from megatron_b2.tokenizer import load_tokenizer
+from megatron_b2.training.checkpoints import CONFIG_FILE, RunCheckpoints
+from megatron_b2.training.determinism import GarbageCollection, set_determinism
+from megatron_b2.training.evaluate import Validator
+from megatron_b2.training.events import Callback, Outcome, RunState
+from megatron_b2.training.metrics import JsonlSink, MetricsRecorder, read_metrics
+from megatron_b2.training.plot import plot_metrics
+from megatron_b2.training.progress import ProgressDisplay, terminal
+from megatron_b2.training.signals import StopSignals
+from megatron_b2.training.summary import print_summary, summarize
+from megatron_b2.training.tensorboard import TensorBoardSink
+from megatron_b2.training.trainer import Trainer
+
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+PICTURE_FILE = "curves.png"
+PREEMPTED_FILE = "PREEMPTED"
+"""Present while a run waits to be continued: torchrun hides exit status 75, a batch script can look here."""
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads, opened and checked."""
+
+    train: BlendedDataset
+    valid: BlendedDataset | None
+    checkpoints: RunCheckpoints
+    resume: CheckpointReader | None
+
+
+def pretrain(
+    config: RunConfig,
+    *,
+    comm: Comm,
+    device: torch.device,
+    signals: StopSignals,
+    provenance: Mapping[str, str] | None = None,
+    callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
+) -> Outcome:
+    """Run `config` on the ranks of `comm`, continuing where its output_dir stopped.
+
+    `provenance` (key -> where it was set) makes messages point at the setting. `callbacks` are added to the
+    built-in ones. Rank 0 writes metrics.jsonl, tensorboard/, curves.png, summary.json, config.toml and
+    checkpoints/ into output_dir; nothing is written before every check has passed. When the outcome is
+    PREEMPTED, all ranks have passed a barrier after the checkpoint was complete. Raises a B2Error otherwise.
+    """
+    set_determinism(seed=config.train.seed, deterministic=config.train.deterministic)
+    inputs = open_inputs(config, comm=comm, provenance=provenance)
+    engine = build_engine(config, comm=comm, device=device)
+    inputs.checkpoints.attach(engine)
+    state = start_state(config, engine=engine, inputs=inputs)
+    console = console or terminal()
+    output = Path(config.output_dir)
+    reporting: list[Callback] = []
+    if comm.rank == 0:
+        with atomic_file(output / CONFIG_FILE) as file:
+            file.write(to_toml(config, provenance=provenance).encode())
+        (output / PREEMPTED_FILE).unlink(missing_ok=True)
+        origin = f"resumed from {inputs.resume.path}" if inputs.resume is not None else "starting"
+        console.print(f"{config.name}: {origin} at step {state.step} of {config.train.steps}", soft_wrap=True)
+        reporting = rank_zero_callbacks(
+            config, num_devices=comm.size, resume_step=state.step, console=console
+        )
+    with train_loader(config, inputs.train, engine=engine, start_step=state.step) as batches:
+        trainer = Trainer(
+            config,
+            engine=engine,
+            batches=batches,
+            state=state,
+            checkpoints=inputs.checkpoints,
+            signals=signals,
+            validator=None
+            if inputs.valid is None
+            else Validator.of_dataset(inputs.valid, config=config, engine=engine),
+            callbacks=[GarbageCollection(), *reporting, *callbacks],
+        )
+        outcome = trainer.fit()
+    if comm.rank == 0:
+        report(config, trainer=trainer, outcome=outcome, console=console)
+    comm.barrier()  # a rank that exits with 75 early makes srun kill the others: none may still be writing
+    return outcome
+
+
+def open_inputs(
+    config: RunConfig,
+    *,
+    comm: Comm,
+    world_size: int | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> RunInputs:
+    """Open and check all that the run reads: layout, tokenizer, data, checkpoint. Writes nothing. Collective.
+
+    `world_size` is for a dry run, which checks for other ranks than its own.
+    """
+    check_for_training(config, world_size=world_size or comm.size, provenance=provenance)
+    fingerprint: str | None = None
+    model_file: bytes | None = None
+    if config.tokenizer.path:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise TokenizerError(
+                f"{config.tokenizer.path} has {tokenizer.vocab_size} pieces but model.vocab_size = "
+                f"{config.model.vocab_size}; set model.vocab_size = {tokenizer.vocab_size}"
+            )
+        fingerprint, model_file = tokenizer.fingerprint, tokenizer.model_bytes
+    open_split = partial(
+        BlendedDataset.build,
+        config.data,
+        seed=config.train.seed,
+        expected_tokenizer=fingerprint,
+        vocab_size=config.model.vocab_size,
+    )
+    train = open_split(split="train")
+    valid = open_split(split="valid") if config.data.split[1] > 0 else None
+    checkpoints = RunCheckpoints(
+        config,
+        comm=comm,
+        data_fingerprint=train.fingerprint,
+        tokenizer_fingerprint=fingerprint,
+        tokenizer_model=model_file,
+    )
+    resume = checkpoints.find()
+    if resume is None and config.checkpoint.init_from is not None:
+        open_weights(config.checkpoint.init_from)
+    return RunInputs(train=train, valid=valid, checkpoints=checkpoints, resume=resume)
+
+
+def start_state(config: RunConfig, *, engine: Engine, inputs: RunInputs) -> RunState:
+    """Fill the engine: from the checkpoint, else from `checkpoint.init_from`, else with fresh weights."""
+    if inputs.resume is not None:
+        return inputs.checkpoints.restore(inputs.resume)
+    if config.checkpoint.init_from is not None:
+        load_weights(open_weights(config.checkpoint.init_from), engine.logical_state())
+        engine.state_loaded()
+    else:
+        initialize_engine(engine, seed=config.train.seed)
+    return RunState()
+
+
+def train_loader(
+    config: RunConfig, dataset: BlendedDataset, *, engine: Engine, start_step: int
+) -> TrainLoader:
+    """Batches of this rank from `start_step` on."""
+    return TrainLoader(
+        dataset,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
+        start_step=start_step,
+        prefetch=config.data.prefetch,
+    )
+
+
+def rank_zero_callbacks(
+    config: RunConfig, *, num_devices: int, resume_step: int, console: Console
+) -> list[Callback]:
+    """Display and metrics."""
+    output = Path(config.output_dir)
+    display = ProgressDisplay(total_steps=config.train.steps, console=console)
+    recorder = MetricsRecorder(
+        config,
+        num_devices=num_devices,
+        sinks=[
+            JsonlSink(output / METRICS_FILE, resume_step=resume_step),
+            TensorBoardSink(output / "tensorboard", resume_step=resume_step),
+            display,
+        ],
+    )
+    return [display, recorder]
+
+
+def report(config: RunConfig, *, trainer: Trainer, outcome: Outcome, console: Console) -> None:
+    """Picture, summary.json, table; the marker of a run that waits to be continued."""
+    output = Path(config.output_dir)
+    records = read_metrics(output / METRICS_FILE)
+    picture = plot_metrics(records, output / PICTURE_FILE, title=f"{config.name}, step {trainer.state.step}")
+    summary = summarize(
+        config,
+        outcome=outcome,
+        state=trainer.state,
+        validation=trainer.validation,
+        records=records,
+        checkpoint=trainer.checkpoints.saved_path,
+        picture=picture,
+    )
+    write_json(output / SUMMARY_FILE, summary)
+    if outcome is Outcome.PREEMPTED:
+        with atomic_file(output / PREEMPTED_FILE) as file:
+            file.write(f"{trainer.state.step}\n".encode())
+    print_summary(summary, console=console)
