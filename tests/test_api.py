@@ -81,7 +81,9 @@ def test_ignored_labels_leave_the_cross_entropy_but_not_max_z(tmp_path: Path) ->
     labels[:, 5:] = -100
     masked, whole = model.loss(ids, labels), model.loss(ids, ids)
     torch.testing.assert_close(masked.max_z, whole.max_z)
-    expected = torch.nn.functional.cross_entropy(model.logits(ids)[:, :4].flatten(0, 1), ids[:, 1:5].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        model.logits(ids)[:, :4].flatten(0, 1), ids[:, 1:5].flatten()
+    )
     torch.testing.assert_close(masked.ce, expected)
 
 

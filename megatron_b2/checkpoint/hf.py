@@ -6,7 +6,7 @@ Nothing is renamed or reordered beyond rows, so import followed by export gives 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -24,7 +24,10 @@ from megatron_b2.checkpoint.reading import Chunk, StoredTensor
 from megatron_b2.checkpoint.store import step_name, write_manifest, write_part
 from megatron_b2.checkpoint.tensor_file import Entry, write_tensors
 from megatron_b2.checkpoint.weights import HEAD_NORMALISED, MODEL, WeightSource
-from megatron_b2.errors import CheckpointError
+from megatron_b2.errors import CheckpointError, TokenizerError
+from megatron_b2.tokenizer.hf import FAST_NAME
+from megatron_b2.tokenizer.hf import export_hf as export_tokenizer
+from megatron_b2.tokenizer.wrapper import MODEL_NAME, load_tokenizer
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """Shard size of exports and of imported checkpoints."""
@@ -32,9 +35,6 @@ DEFAULT_MAX_POSITIONS = 4_096
 """Context length written when the checkpoint does not know it (report Table 3)."""
 NORM_EPS = 1e-12
 """NormHead's smallest divisor (published modelling code)."""
-
-TokenizerExporter = Callable[[Path, Path], None]
-"""Given the folder with tokenizer.model and the output folder, writes the Hugging Face tokenizer files."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class ConversionSummary:
     parameters: int
     bytes: int
     """Bytes of tensor data."""
+    note: str
+    """What the user should know, or nothing."""
     files: tuple[str, ...]
     """Everything in the output folder."""
 
@@ -64,7 +66,6 @@ def export_hf(
     style: Style,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    export_tokenizer: TokenizerExporter | None = None,
     on_bytes: OnBytes | None = None,
 ) -> ConversionSummary:
     """Write `source` as a Hugging Face folder `out`, which must be absent or empty; atomic.
@@ -93,8 +94,8 @@ def export_hf(
             )
         _write_json(tmp / CONFIG, _export_config(source, style, entries[0][0].dtype))
         _write_json(tmp / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
-        _copy_tokenizer(source, tmp, export_tokenizer)
-    return _summary(out, style, [entry for entry, _ in entries])
+        note = _write_tokenizer(source, tmp)
+    return _summary(out, style, [entry for entry, _ in entries], note)
 
 
 def import_hf(source: WeightSource, out: Path, *, on_bytes: OnBytes | None = None) -> ConversionSummary:
@@ -180,12 +181,20 @@ def _export_config(source: WeightSource, style: Style, dtype: torch.dtype) -> di
     return hf_config(source.config, style=style, max_positions=positions, dtype=_torch_name(dtype))
 
 
-def _copy_tokenizer(source: WeightSource, tmp: Path, export_tokenizer: TokenizerExporter | None) -> None:
+def _write_tokenizer(source: WeightSource, tmp: Path) -> str:
+    """Copy a Hugging Face tokenizer, or make one from tokenizer.model; a note for the user, or nothing."""
     files = source.tokenizer_files
+    if MODEL_NAME in files and FAST_NAME not in files:
+        try:
+            tokenizer = load_tokenizer(files[MODEL_NAME])
+            export_tokenizer(tokenizer, tmp, max_length=source.max_positions or DEFAULT_MAX_POSITIONS)
+        except TokenizerError as error:
+            write_file(tmp / MODEL_NAME, files[MODEL_NAME].read_bytes())
+            return f"no fast tokenizer was made, tokenizer.model is copied as it is: {error}"
+        return ""
     for name, path in files.items():
         write_file(tmp / name, path.read_bytes())
-    if export_tokenizer is not None and "tokenizer.model" in files and "tokenizer.json" not in files:
-        export_tokenizer(source.path, tmp)
+    return "" if files else "the checkpoint has no tokenizer, so none was written"
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -196,7 +205,7 @@ def _torch_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _summary(out: Path, style: str, entries: list[Entry]) -> ConversionSummary:
+def _summary(out: Path, style: str, entries: list[Entry], note: str = "") -> ConversionSummary:
     return ConversionSummary(
         output=out,
         format=style,
@@ -204,5 +213,6 @@ def _summary(out: Path, style: str, entries: list[Entry]) -> ConversionSummary:
         tensors=len(entries),
         parameters=sum(prod(entry.shape) for entry in entries),
         bytes=sum(entry.nbytes for entry in entries),
+        note=note,
         files=tuple(sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())),
     )

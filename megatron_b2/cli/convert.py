@@ -110,6 +110,8 @@ def _print(summary: ConversionSummary, seconds: float) -> None:
     print(f"  {seconds:.1f} s, {rate}/s")
     for name in summary.files:
         print(f"  {name}")
+    if summary.note:
+        print(f"note: {summary.note}")
 
 
 if __name__ == "__main__":

@@ -83,6 +83,8 @@ def _train(arguments: ConfigArguments, signals: StopSignals) -> int:
     outcome = pretrain(
         resolved.config, comm=comm, device=env.device, signals=signals, provenance=resolved.provenance
     )
+    if outcome is Outcome.PREEMPTED:
+        signals.ignore()
     shutdown_distributed()  # not after an error: it could wait for ranks that are stuck
     return 0 if outcome is Outcome.COMPLETED else EXIT_REQUEUE
 

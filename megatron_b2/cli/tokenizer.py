@@ -183,11 +183,11 @@ def _train(command: Train) -> int:
         f"(sample {seconds['sample']} s, training {seconds['train']} s)"
     )
     print(f"  symbols {report['num_symbols']:,}, chat ids {chat['user']} and {chat['assistant']}")
-    coverage = report["sentencepiece"]["character_coverage"]
-    if coverage < command.character_coverage:
+    alphabet = report["alphabet"]
+    if alphabet["limited"]:
         print(
-            f"  character coverage lowered to {coverage:.5f}: single characters may fill half of the "
-            "trained pieces"
+            f"  {alphabet['characters']:,} characters have a piece, {alphabet['coverage']:.2%} of the text: "
+            "in a small vocabulary they may take half of the trained pieces"
         )
     if report["reading"]["malformed"]:
         print(f"  {report['reading']['malformed']:,} malformed records skipped:", file=sys.stderr)

@@ -139,7 +139,9 @@ def _read(path: Path) -> bytes:
 def html_text(data: bytes) -> str:
     """Main content of an HTML page, one block a line; preformatted text keeps its lines."""
     try:
-        document = lxml_html.fromstring(data.decode().encode(), parser=lxml_html.HTMLParser(encoding="utf-8", huge_tree=True))
+        document = lxml_html.fromstring(
+            data.decode().encode(), parser=lxml_html.HTMLParser(encoding="utf-8", huge_tree=True)
+        )
     except UnicodeDecodeError:
         document = lxml_html.fromstring(data)
     for query in _MAIN_CONTENT:

@@ -150,6 +150,6 @@ def check_tokenizer(prefix: Path | str, fingerprint: str) -> None:
     if manifest is not None and manifest.tokenizer != fingerprint:
         raise DataError(
             f"{prefix}: made with the tokenizer {manifest.tokenizer[:12]} (vocabulary "
-            f"{manifest.vocab_size}), but this run uses {fingerprint[:12]}: set tokenizer.path to the one the "
-            "data was made with, or run `b2 preprocess` again"
+            f"{manifest.vocab_size}), but this run uses {fingerprint[:12]}: set tokenizer.path to the "
+            "one the data was made with, or run `b2 preprocess` again"
         )

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
@@ -235,11 +235,6 @@ def _run_shards(
     try:
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed (out of memory?); run the same command again, with fewer --workers: "
-            "finished shards are kept"
-        ) from error
     except BaseException:
         pool.kill()
         raise
@@ -261,9 +256,20 @@ class _Workers(ProcessPoolExecutor):
             worker.join()
 
 
-def _pool(workers: int) -> AbstractContextManager[_Workers | None]:
-    """One worker works in this process."""
-    return nullcontext() if workers == 1 else _Workers(workers)
+@contextmanager
+def _pool(workers: int) -> Iterator[_Workers | None]:
+    """The worker processes; None for one worker, which works in this process."""
+    if workers == 1:
+        yield None
+        return
+    with _Workers(workers) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was killed (out of memory?); run the same command again, with fewer "
+                "--workers: finished shards are kept"
+            ) from error
 
 
 def _start_worker() -> None:

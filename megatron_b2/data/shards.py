@@ -7,15 +7,19 @@ depends on the inputs alone, never on the number of workers, so a later run can 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-MIN_SHARD_BYTES = 4 << 20
-"""A shard is a few seconds of work on one core ..."""
-MAX_SHARDS = 4096
-"""... unless that would make more shards than this."""
+from megatron_b2.errors import InputError
+
+SHARDS = 1024
+"""Aim for this many, so that the last shards do not keep many workers waiting ..."""
+MIN_SHARD_BYTES = 1 << 20
+"""... but not smaller than this, a part of a second of work ..."""
+MAX_SHARD_BYTES = 256 << 20
+"""... nor larger than this, about a minute."""
 
 _BLOCK_BYTES = 4 << 20
 
@@ -51,29 +55,40 @@ class ScannedFile:
 
 def shard_bytes(total_bytes: int) -> int:
     """Target size of a shard for inputs of `total_bytes`."""
-    return max(MIN_SHARD_BYTES, -(-total_bytes // MAX_SHARDS))
+    return min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, total_bytes // SHARDS))
 
 
 def scan_file(path: Path, *, target_bytes: int) -> ScannedFile:
-    """Hash a file and, if it is plain JSON lines, find the line ends where it can be cut: one pass."""
+    """Hash a file and, if it is plain JSON lines, find the line ends where it can be cut: one pass.
+
+    Raises InputError if the file cannot be read.
+    """
     digest = hashlib.sha256()
     splittable = path.suffix == ".jsonl"
     pieces: list[Piece] = []
     start, first_line, offset, line = 0, 1, 0, 1
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            if splittable:
-                begin = 0  # of the part of the block not yet counted
-                while (cut := _line_end(block, max(begin, start + target_bytes - offset - 1))) > 0:
-                    line += block.count(b"\n", begin, cut)
-                    pieces.append(Piece(path, start, offset + cut, first_line))
-                    start, first_line, begin = offset + cut, line, cut
-                line += block.count(b"\n", begin)
-            offset += len(block)
+    for block in _blocks(path):
+        digest.update(block)
+        if splittable:
+            begin = 0  # of the part of the block not yet counted
+            while (cut := _line_end(block, max(begin, start + target_bytes - offset - 1))) > 0:
+                line += block.count(b"\n", begin, cut)
+                pieces.append(Piece(path, start, offset + cut, first_line))
+                start, first_line, begin = offset + cut, line, cut
+            line += block.count(b"\n", begin)
+        offset += len(block)
     if offset > start or not pieces:
         pieces.append(Piece(path, start, offset, first_line))
     return ScannedFile(path, digest.hexdigest(), tuple(pieces))
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _line_end(block: bytes, minimum: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,8 @@ _CPU_SHARED_MEMORY_OP = "deepspeed_shm_comm"
 def _prepare() -> None:
     """Quiet logs, and keep DeepSpeed from compiling its inference-only CPU op (decision D11)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 still calls the collectives by the names of torch 2.12.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     deepspeed.ops.__compatible_ops__[_CPU_SHARED_MEMORY_OP] = False
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
 

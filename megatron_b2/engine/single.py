@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from megatron_b2.ops.head_loss import HeadLoss
 from megatron_b2.optim.adamw import MOMENTS, build_adamw, create_state
 from megatron_b2.parallel.comm import Comm
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Final[Mapping[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def whole(tensor: Tensor, *, write: bool = True) -> LogicalTensor:

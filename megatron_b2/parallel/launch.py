@@ -219,12 +219,7 @@ def _from_slurm(env: Mapping[str, str], *, resolves: Callable[[str], bool]) -> L
             f"SLURM runs {world} tasks, {per_node} a node, which does not fill whole nodes; "
             "use --ntasks = nodes x --ntasks-per-node"
         )
-    if rank != node * per_node + local:
-        raise LaunchError(
-            f"SLURM_PROCID={rank} is not SLURM_NODEID x tasks-per-node + SLURM_LOCALID = {node} x {per_node} "
-            f"+ {local} = {node * per_node + local}: the tasks are not placed by blocks, so neighbouring "
-            "ranks would sit on different machines; start with srun --distribution=block:block"
-        )
+    _require_blocks(env, rank=rank, node=node, per_node=per_node, local=local)
     return LaunchEnvironment(
         launcher="slurm",
         rank=rank,
@@ -235,6 +230,23 @@ def _from_slurm(env: Mapping[str, str], *, resolves: Callable[[str], bool]) -> L
         master_addr=_slurm_master(env, nodes=world // per_node, resolves=resolves),
         master_port=_slurm_port(env),
     )
+
+
+def _require_blocks(env: Mapping[str, str], *, rank: int, node: int, per_node: int, local: int) -> None:
+    """Refuse other placements on every rank: SLURM_GTIDS lists the tasks of this node, so that also a rank
+    that happens to sit in its place knows, and nobody waits for the ranks that refused."""
+    fix = (
+        "the tasks are not placed by blocks, so neighbouring ranks would sit on different machines; "
+        "start with srun --distribution=block:block"
+    )
+    if rank != node * per_node + local:
+        raise LaunchError(
+            f"SLURM_PROCID={rank} is not SLURM_NODEID x tasks-per-node + SLURM_LOCALID = {node} x {per_node} "
+            f"+ {local} = {node * per_node + local}: {fix}"
+        )
+    expected = ",".join(str(task) for task in range(node * per_node, (node + 1) * per_node))
+    if env.get("SLURM_GTIDS", expected) != expected:
+        raise LaunchError(f"SLURM_GTIDS={env['SLURM_GTIDS']} on node {node}, not {expected}: {fix}")
 
 
 def _tasks_per_node(env: Mapping[str, str]) -> int:

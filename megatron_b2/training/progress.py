@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from megatron_b2.training.events import Callback, StepEvent
 from megatron_b2.training.metrics import Record, TrainRecord, ValidRecord
@@ -31,25 +33,27 @@ class ProgressDisplay(Callback):
         self._total_steps = total_steps
         self._console = console
         self._seconds_a_step: float | None = None
-        self._task: TaskID | None = None
         self._bar = Progress(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.description}"),
             TimeElapsedColumn(),
+            TextColumn("{task.description}"),
             console=console,
-            disable=not console.is_terminal,
+            expand=True,
         )
+        self._task = self._bar.add_task("", total=total_steps)
+        self._numbers = Text()
+        self._live = Live(Group(self._bar, self._numbers), console=console)
 
     def run_begin(self, event: StepEvent) -> None:
-        """Start the bar."""
-        self._task = self._bar.add_task("starting", total=self._total_steps, completed=event.step)
-        self._bar.start()
+        """Start the bar, on a terminal."""
+        self._bar.update(self._task, completed=event.step)
+        if self._console.is_terminal:
+            self._live.start()
 
     def step_end(self, event: StepEvent) -> None:
         """Move the bar."""
-        if self._task is not None:
-            self._bar.update(self._task, completed=event.step)
+        self._bar.update(self._task, completed=event.step)
 
     def saved(self, event: StepEvent, path: Path) -> None:
         """Say where the checkpoint is."""
@@ -65,24 +69,24 @@ class ProgressDisplay(Callback):
         new = newest.step_seconds
         self._seconds_a_step = new if old is None else (1 - SMOOTHING) * old + SMOOTHING * new
         left = timedelta(seconds=round(self._seconds_a_step * (self._total_steps - newest.step)))
-        text = _train_line(newest, left)
-        if self._console.is_terminal and self._task is not None:
-            self._bar.update(self._task, description=text)
+        numbers = _train_line(newest)
+        if self._console.is_terminal:
+            self._bar.update(self._task, description=f"left {left}")
+            self._numbers.plain = numbers
         else:
-            self._console.print(
-                f"step {newest.step}/{self._total_steps}  {text}", highlight=False, soft_wrap=True
-            )
+            line = f"step {newest.step}/{self._total_steps}  {numbers}  left {left}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the bar as it is and give the terminal back."""
-        self._bar.stop()
+        self._live.stop()
 
 
-def _train_line(record: TrainRecord, left: timedelta) -> str:
+def _train_line(record: TrainRecord) -> str:
     mfu = "n/a" if record.mfu is None else f"{100 * record.mfu:.1f}%"
     return (
         f"loss {record.loss:.4f}  ce {record.ce:.4f}  max-z {record.max_z:.1f}  lr {record.lr:.2e}  "
-        f"grad {record.grad_norm:.3f}  {record.tokens_per_second:,.0f} tok/s  MFU {mfu}  left {left}"
+        f"grad {record.grad_norm:.3f}  {record.tokens_per_second:,.0f} tok/s  MFU {mfu}"
     ) + ("  SKIPPED (not finite)" if record.skipped else "")
 
 

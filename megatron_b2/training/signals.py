@@ -42,6 +42,16 @@ class StopSignals:
             signal.signal(number, handler)
         self._previous.clear()
 
+    def ignore(self) -> None:
+        """Ignore the stop signals until the process ends, also after this context.
+
+        For a process that has saved and leaves: as soon as the first rank has exited, srun sends SIGTERM to
+        those that are still shutting down, and their status would be 143 instead of EXIT_REQUEUE.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        self._previous.clear()
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
 

@@ -43,7 +43,7 @@ class ThreadComm:
 
 
 def on_threads(size: int, function: Callable[[Comm], Any]) -> list[Any]:
-    """Call `function` once for each of `size` ranks at the same time; results, or exceptions, in rank order."""
+    """Call `function` on `size` ranks at the same time; results, or exceptions, in rank order."""
     barrier, slots = threading.Barrier(size), [None] * size
 
     def call(rank: int) -> Any:

@@ -16,6 +16,8 @@ from megatron_b2.checkpoint.hf import export_hf, import_hf
 from megatron_b2.checkpoint.hf_shards import parse_size, shard, tensor_files
 from megatron_b2.cli.convert import main
 from megatron_b2.errors import CheckpointError, InputError
+from megatron_b2.tokenizer.training import TrainOptions, train_tokenizer
+from megatron_b2.tokenizer.wrapper import load_tokenizer
 from tests.checkpoint.support import golden_weights, make_hf_folder, whole_state
 
 
@@ -195,16 +197,35 @@ def test_tokenizer_files_travel(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
     import_hf(open_weights(folder), tmp_path / "ours")
     assert (tmp_path / "ours" / "step_00000000" / "tokenizer.model").read_bytes() == b"pieces"
-    calls: list[tuple[Path, Path]] = []
-    export_hf(
-        open_weights(tmp_path / "ours"),
-        tmp_path / "back",
-        style="baichuan",
-        export_tokenizer=lambda source, out: calls.append((source, out)),
-    )
+    (tmp_path / "ours" / "step_00000000" / "tokenizer.json").write_text("fast")
+    summary = export_hf(open_weights(tmp_path / "ours"), tmp_path / "back", style="baichuan")
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"pieces"
     assert (tmp_path / "back" / "tokenizer_config.json").read_text() == "{}"
-    assert [source.name for source, _ in calls] == ["step_00000000"]
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "fast"
+    assert summary.note == ""
+
+
+def test_a_fast_tokenizer_is_made_from_the_model_file(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text = [f"the cat sat on mat {i}, 你好 世界 under an old bridge near green water" for i in range(50)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
+    train_tokenizer([tmp_path / "text.jsonl"], tmp_path / "tok", options=TrainOptions(vocab_size=525))
+    folder = make_hf_folder(tmp_path / "hf", "7b")
+    (folder / "tokenizer.model").write_bytes((tmp_path / "tok" / "tokenizer.model").read_bytes())
+    summary = export_hf(open_weights(folder), tmp_path / "out", style="llama")
+    assert {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"} <= set(summary.files)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = load_tokenizer(tmp_path / "tok").encode("a cat, 你好")
+    assert loaded.encode("a cat, 你好", add_special_tokens=False) == ids
+
+
+def test_a_tokenizer_without_a_fast_form_is_copied_and_noted(tmp_path: Path) -> None:
+    folder = make_hf_folder(tmp_path / "hf", "7b")
+    (folder / "tokenizer.model").write_bytes(b"not a model")
+    summary = export_hf(open_weights(folder), tmp_path / "out", style="llama")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"not a model"
+    assert "no fast tokenizer was made" in summary.note
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_published_names_and_shapes(config: ModelConfig, count: int, parameters:
 def test_rows_tile_our_parameters(style: str) -> None:
     shapes = parameter_shapes(B7)
     grouped = rows_by_parameter(hf_tensors(B7, style=style))  # type: ignore[arg-type]
-    assert list(grouped) == list(shapes)
+    assert grouped.keys() == shapes.keys()
     for ours, parts in grouped.items():
         row = 0
         for part in parts:

@@ -54,7 +54,7 @@ def test_blocks_must_be_what_was_declared(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="a gave 8 bytes instead of 12"):
         write_tensors(tmp_path / "1", [wrong_size])
     wrong_type = Entry(key="a", dtype=torch.float32, shape=(3,), blocks=lambda: [torch.zeros(3).half()])
-    with pytest.raises(CheckpointError, match="a is torch.float16, declared torch.float32"):
+    with pytest.raises(CheckpointError, match=r"a is torch\.float16, declared torch\.float32"):
         write_tensors(tmp_path / "2", [wrong_type])
     with pytest.raises(CheckpointError, match="complex64 cannot be saved"):
         write_tensors(tmp_path / "3", [tensor_entry("a", torch.zeros(1, dtype=torch.complex64))])
@@ -65,8 +65,10 @@ def test_blocks_must_be_what_was_declared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
 def test_damaged_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    with pytest.raises(CheckpointError, match=f"{name}: file is missing"):
+    with pytest.raises(CheckpointError, match="file is missing") as missing:
         open_tensor_file(path)
     path.write_bytes(b"\xff" * 100)
-    with pytest.raises(CheckpointError, match=f"{name}: damaged or not a tensor file"):
+    with pytest.raises(CheckpointError, match="damaged or not a tensor file") as damaged:
         open_tensor_file(path)
+    assert name in str(missing.value)
+    assert name in str(damaged.value)

@@ -19,7 +19,14 @@ from megatron_b2.config import (
 )
 from megatron_b2.errors import ConfigError
 
-GOOD = load_config("preset:toy").config
+GOOD = load_config(
+    "preset:toy",
+    [
+        *("--optim.max-lr", "1e-3", "--optim.warmup-steps", "50", "--train.steps", "500"),
+        *("--train.global-batch-size", "16", "--train.micro-batch-size", "8", "--checkpoint.interval", "100"),
+    ],
+).config
+"""The toy model in a run whose numbers the messages below repeat."""
 ZH = SourceConfig(prefix="zh")
 
 

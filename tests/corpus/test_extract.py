@@ -20,7 +20,16 @@ PAGE = """<html lang="en"><head><title>Title</title><style>p {}</style></head><b
 
 
 def test_html_keeps_the_main_content_only() -> None:
-    expected = ["Heading", "First bold paragraph.", "tail", "one", "two", "  code", "    indented", "Last & least 你好."]
+    expected = [
+        "Heading",
+        "First bold paragraph.",
+        "tail",
+        "one",
+        "two",
+        "  code",
+        "    indented",
+        "Last & least 你好.",
+    ]
     assert html_text(PAGE.encode()).split("\n") == [*expected, f"after {'x' * 200}"]
 
 
@@ -63,7 +72,11 @@ def test_fortunes_are_split_and_stripped_of_colour(tmp_path: Path) -> None:
 
 def test_gettext_catalogue(tmp_path: Path) -> None:
     """A .mo file made from its specification (gettext manual, "The Format of GNU MO Files")."""
-    entries = [(b"", b"Content-Type: text/plain; charset=UTF-8\n"), (b"Open file", "打开一个文件".encode()), (b"No", b"Nein")]
+    entries = [
+        (b"", b"Content-Type: text/plain; charset=UTF-8\n"),
+        (b"Open file", "打开一个文件".encode()),
+        (b"No", b"Nein"),
+    ]
     start = 28 + 16 * len(entries)
     blob, tables = b"", [b"", b""]
     for column in (0, 1):
@@ -79,7 +92,9 @@ def test_gettext_catalogue(tmp_path: Path) -> None:
 def test_manual_page(tmp_path: Path) -> None:
     path = tmp_path / "man" / "man1" / "a.1.gz"
     path.parent.mkdir(parents=True)
-    path.write_bytes(gzip.compress(".TH A 1 2024\n.SH ИМЯ\na \\- программа\n.SH DESCRIPTION\n\\fBbold\\fR text\n".encode()))
+    path.write_bytes(
+        gzip.compress(".TH A 1 2024\n.SH ИМЯ\na \\- программа\n.SH DESCRIPTION\n\\fBbold\\fR text\n".encode())
+    )
     text = extract_file(path, mandoc="mandoc")[0]
     assert [line for line in text.split("\n") if line] == ["ИМЯ", "a - программа", "DESCRIPTION", "bold text"]
     path.write_bytes(gzip.compress(b".so man1/b.1\n"))
@@ -88,10 +103,17 @@ def test_manual_page(tmp_path: Path) -> None:
 
 def test_broken_files_are_named_and_short_ones_dropped(tmp_path: Path) -> None:
     good = "The text of this file is long enough to be kept, and it is in English. " * 4
-    for name, data in (("a.txt", good.encode()), ("b.txt", b"\xff" * 500), ("c.txt", b"short"), ("d.txt.gz", b"no gz")):
+    for name, data in (
+        ("a.txt", good.encode()),
+        ("b.txt", b"\xff" * 500),
+        ("c.txt", b"short"),
+        ("d.txt.gz", b"no gz"),
+    ):
         (tmp_path / name).write_bytes(data)
     texts, problems = extract_files(tmp_path, ["a.txt", "b.txt", "c.txt", "d.txt.gz"], mandoc="")
-    assert [(text.path, text.part, text.language, text.text) for text in texts] == [("a.txt", 0, "en", good.strip())]
+    assert [(text.path, text.part, text.language, text.text) for text in texts] == [
+        ("a.txt", 0, "en", good.strip())
+    ]
     assert [problem.partition(":")[0] for problem in problems] == ["b.txt", "d.txt.gz"]
 
 

@@ -20,7 +20,9 @@ from megatron_b2.errors import InputError
 needs_apt = pytest.mark.skipif(
     not all(map(shutil.which, ("apt-get", "apt-cache", "dpkg-deb"))), reason="not a Debian system"
 )
-ENGLISH = "This is the text of a page that is in the package, and it is long enough to be kept by the reader. "
+ENGLISH = (
+    "This is the text of a page that is in the package, and it is long enough to be kept by the reader. "
+)
 CHINESE = "这个软件包里有一篇中文的文章，我们用它来检查下载和提取是不是对的，而且它够长，不会被丢掉。" * 2
 COPYRIGHT = "Format: x\nUpstream-Name: p\n\nFiles: *\nCopyright: 2024\nLicense: GPL-2+\n text\n\nFiles: b\nLicense: MIT\n"
 
@@ -62,12 +64,18 @@ def archive(tmp_path: Path) -> Archive:
     archive = Archive(tmp_path / "archive")
     doc = "usr/share/doc"
     page = f"<html><body><p>{ENGLISH * 3}</p></body></html>"
-    archive.add("alpha", "1.0", {f"{doc}/alpha/a.html": page, f"{doc}/alpha/z.txt": CHINESE, f"{doc}/alpha/copyright": COPYRIGHT})
-    archive.add("beta", "2:2.0-1", {f"{doc}/beta/same.txt": ENGLISH * 3, f"{doc}/beta/other.txt": ENGLISH * 5})
+    archive.add(
+        "alpha",
+        "1.0",
+        {f"{doc}/alpha/a.html": page, f"{doc}/alpha/z.txt": CHINESE, f"{doc}/alpha/copyright": COPYRIGHT},
+    )
+    archive.add(
+        "beta", "2:2.0-1", {f"{doc}/beta/same.txt": ENGLISH * 3, f"{doc}/beta/other.txt": ENGLISH * 5}
+    )
     return archive
 
 
-def fetch(archive: Archive, out: Path, packages: tuple[str, ...], *, jobs: int = 1, refresh: bool = False):  # noqa: ANN201
+def fetch(archive: Archive, out: Path, packages: tuple[str, ...], *, jobs: int = 1, refresh: bool = False):
     return fetch_corpus(
         out, packages, jobs=jobs, refresh=refresh, apt=Apt(out / ".cache", options=archive.options())
     )
@@ -104,7 +112,10 @@ def test_fetch(archive: Archive, tmp_path: Path) -> None:
     for entry in manifest.languages.values():
         assert entry.sha256 == hashlib.sha256((out / entry.file).read_bytes()).hexdigest()
     debs = {package.name: package for package in manifest.packages}
-    assert debs["alpha"].deb_sha256 == hashlib.sha256((archive.folder / "alpha_1.0_all.deb").read_bytes()).hexdigest()
+    assert (
+        debs["alpha"].deb_sha256
+        == hashlib.sha256((archive.folder / "alpha_1.0_all.deb").read_bytes()).hexdigest()
+    )
     assert debs["beta"].duplicates == 1
     before = outputs(out)
     shutil.move(archive.folder, tmp_path / "away")
@@ -160,7 +171,9 @@ def test_without_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sets_and_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sets"]) == 0
     assert "libreoffice-help-zh-cn" in capsys.readouterr().out
-    (tmp_path / "a.jsonl").write_text('{"text": "你好", "language": "zh-Hans"}\n{"text": 1}\n', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "你好", "language": "zh-Hans"}\n{"text": 1}\n', encoding="utf-8"
+    )
     (tmp_path / "b.txt").write_text("hello")
     inputs = ["--input", str(tmp_path / "a.jsonl"), f"--input={tmp_path / 'b.txt'}"]
     assert main(["stats", *inputs, "--on-error", "skip", "--json", str(tmp_path / "s.json")]) == 0

@@ -35,6 +35,8 @@ def test_chinese_with_many_latin_names() -> None:
     assert detect_language("在 Linux 上运行 apt-get update 之后，请安装 python3 软件包。") == "zh-Hans"
 
 
-@pytest.mark.parametrize("text", ["", "12 34", "x = y[3] + foo(bar, baz); qux.quux(corge, grault)", "::: --- ###"])
+@pytest.mark.parametrize(
+    "text", ["", "12 34", "x = y[3] + foo(bar, baz); qux.quux(corge, grault)", "::: --- ###"]
+)
 def test_undetermined(text: str) -> None:
     assert detect_language(text) == "und"

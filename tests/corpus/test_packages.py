@@ -19,7 +19,12 @@ def test_sets_are_sorted_and_nested() -> None:
 
 @pytest.mark.parametrize(
     ("package", "licence"),
-    [("libreoffice-help-zh-cn", "MPL-2.0"), ("manpages-zh", "GFDL-1.2+"), ("manpages-fr", None), ("debian-faq", "GPL-2+")],
+    [
+        ("libreoffice-help-zh-cn", "MPL-2.0"),
+        ("manpages-zh", "GFDL-1.2+"),
+        ("manpages-fr", None),
+        ("debian-faq", "GPL-2+"),
+    ],
 )
 def test_declared_licence(package: str, licence: str | None) -> None:
     assert declared_licence(package) == licence
@@ -28,7 +33,10 @@ def test_declared_licence(package: str, licence: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "licence"),
     [
-        ("Format: x\n\nFiles: a\nLicense: MIT\n\nFiles: *\nCopyright: me\nLicense: GPL-2+\n more\n", "GPL-2+"),
+        (
+            "Format: x\n\nFiles: a\nLicense: MIT\n\nFiles: *\nCopyright: me\nLicense: GPL-2+\n more\n",
+            "GPL-2+",
+        ),
         ("Format: x\n\nFiles: a b\nLicense: MIT\n\nLicense: BSD\n text\n", "MIT, BSD"),
         ("Free text, see `/usr/share/common-licenses/GPL-2'.", "GPL-2"),
         ("Nothing here", None),

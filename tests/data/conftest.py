@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-SENTENCE = "the quick brown fox jumps over a lazy dog 天地玄黄 宇宙洪荒 日月盈昃 while training models on text"
+SENTENCE = (
+    "the quick brown fox jumps over a lazy dog 天地玄黄 宇宙洪荒 日月盈昃 while training models on text"
+)
 WORDS = SENTENCE.split(" ")
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -247,6 +249,51 @@ def test_bad_arguments_write_nothing(tmp_path: Path, tokenizer_path: Path) -> No
         with pytest.raises(InputError, match=message):
             preprocess(inputs, tokenizer=tokenizer_path, output=output, workers=workers)
     assert not output.parent.exists() or files(output.parent) == []
+
+
+LIMITED_RUN = """
+import resource, signal, sys
+from megatron_b2.cli.main import main
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_file_that_cannot_be_written_is_one_error(tmp_path: Path, tokenizer_path: Path) -> None:
+    """A limit on the size of files stands for a full disk."""
+    source, script = write_jsonl(tmp_path / "in.jsonl", texts(100)), tmp_path / "run.py"
+    script.write_text(LIMITED_RUN)
+    command = [sys.executable, script, "preprocess", source, "--tokenizer", tokenizer_path]
+    command += ["--output", tmp_path / "out" / "x", "--workers", "1"]
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert re.fullmatch(r"error: cannot write .*000000\.bin: File too large\n", run.stderr)
+    assert files(tmp_path / "out") == []
+
+
+def test_a_killed_worker_is_one_error(tmp_path: Path, tokenizer_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", texts(100))
+
+    def kill(phase: str, done: int, total: int) -> None:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+
+    with pytest.raises(DataError, match="a worker process was killed"):
+        preprocess(
+            [source],
+            tokenizer=tokenizer_path,
+            output=tmp_path / "x",
+            workers=2,
+            target_bytes=500,
+            progress=kill,
+        )
+    assert not (tmp_path / "x.parts").exists()
 
 
 def test_only_one_run_at_a_time(tmp_path: Path, tokenizer_path: Path) -> None:

@@ -149,7 +149,10 @@ def test_parquet(tmp_path: Path) -> None:
     pq.write_table(table, path, row_group_size=2)
     report = ReadReport()
     documents = list(read_documents([path], on_error="skip", report=report))
-    assert [(d.text, d.language, d.id, d.line) for d in documents] == [("一", "zh", "1", 1), ("x\x00y", "und", "4", 4)]
+    assert [(d.text, d.language, d.id, d.line) for d in documents] == [
+        ("一", "zh", "1", 1),
+        ("x\x00y", "und", "4", 4),
+    ]
     assert report.empty == 1
     assert report.messages == [f"{path}:2: 'text' is null, not a string"]
 

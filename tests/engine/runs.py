@@ -37,11 +37,15 @@ def global_batch(step: int) -> Batch:
     """Packed documents with ignored targets: uneven numbers of targets in the micro-batches."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
-    ends = torch.rand(GLOBAL_BATCH, SEQ_LEN, generator=generator) < torch.linspace(0, 0.4, GLOBAL_BATCH)[:, None]
+    ends = (
+        torch.rand(GLOBAL_BATCH, SEQ_LEN, generator=generator) < torch.linspace(0, 0.4, GLOBAL_BATCH)[:, None]
+    )
     labels = ids[:, 1:].masked_fill(ends, -100)
     segments = torch.zeros_like(labels, dtype=torch.int32)
     segments[:, 1:] = ends[:, :-1].int().cumsum(1)
-    starts = torch.where(torch.nn.functional.pad(ends[:, :-1], (1, 0)), torch.arange(SEQ_LEN), 0).cummax(1).values
+    starts = (
+        torch.where(torch.nn.functional.pad(ends[:, :-1], (1, 0)), torch.arange(SEQ_LEN), 0).cummax(1).values
+    )
     return Batch(ids[:, :-1].contiguous(), labels, segments, (torch.arange(SEQ_LEN) - starts).int())
 
 
@@ -50,7 +54,9 @@ def micro_batches(step: int, engine: Engine) -> list[Batch]:
     first = engine.dp_rank * share
     size = engine.config.train.micro_batch_size
     return [
-        Batch(*(getattr(batch, f)[i : i + size] for f in ("input_ids", "labels", "segment_ids", "position_ids")))
+        Batch(
+            *(getattr(batch, f)[i : i + size] for f in ("input_ids", "labels", "segment_ids", "position_ids"))
+        )
         for i in range(first, first + share, size)
     ]
 
@@ -81,7 +87,10 @@ def train(engine: Engine, first: int, last: int) -> list[tuple[float, float, flo
 
 def pieces(state: LogicalState) -> dict[str, Any]:
     return {
-        name: (tensor.shape, [(piece.offsets, piece.tensor.clone()) for piece in tensor.pieces if piece.write])
+        name: (
+            tensor.shape,
+            [(piece.offsets, piece.tensor.clone()) for piece in tensor.pieces if piece.write],
+        )
         for name, tensor in state.items()
     }
 

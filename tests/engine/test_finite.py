@@ -55,7 +55,9 @@ def results(stage: int | None, poison: str, action: str) -> list[tuple[str, bool
 def test_a_nan_activation_stops_every_rank_and_is_named(stage: int | None) -> None:
     ranks = results(stage, "output", "stop")
     for message, same, _ in ranks:
-        assert f"rank {len(ranks) - 1}: loss is not finite, first seen in the output of layers.1.mlp" in message
+        assert (
+            f"rank {len(ranks) - 1}: loss is not finite, first seen in the output of layers.1.mlp" in message
+        )
         assert "step 2" in message
         assert same
 

@@ -55,4 +55,6 @@ def test_bf16_stays_near_one_process_in_bf16_and_fp32(stage: int) -> None:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_micro_batch_size_does_not_change_the_run(stage: int) -> None:
     traces = [run_ranks(2, run, run_config(zero=stage, micro_batch_size=size, steps=4)) for size in (1, 4)]
-    torch.testing.assert_close(torch.tensor(traces[0][0].steps), torch.tensor(traces[1][0].steps), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        torch.tensor(traces[0][0].steps), torch.tensor(traces[1][0].steps), atol=1e-6, rtol=1e-6
+    )

@@ -32,6 +32,17 @@ def test_flag_is_set_repeatedly_and_handlers_come_back(number: signal.Signals) -
     assert signal.getsignal(number) is before
 
 
+def test_a_leaving_process_survives_the_signals_of_srun() -> None:
+    def body() -> bool:
+        with StopSignals() as stop:
+            stop.ignore()
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+        return True
+
+    assert run_ranks(1, body) == [True]
+
+
 def test_all_ranks_agree() -> None:
     def body() -> list[int]:
         comm = ProcessGroupComm()

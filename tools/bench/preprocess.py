@@ -1,158 +1,185 @@
 """Speed of `b2 preprocess` against the tokenizer alone.
 
-The floor is one core running SentencePiece over texts that are already in memory, ids as lists, nothing read and
-nothing written. Against it: the whole command (start of the processes, hashing, JSON, tokens to disk, fsync) with
-one worker and with one a core. All variants run in turn, `--repeats` times, and medians are reported, both of wall
-time and of CPU time (user + system of all processes), which other work on the machine disturbs less.
-
-Example: python tools/bench/preprocess.py --input corpus --tokenizer tokenizer --json preprocess.json
+The floor is SentencePiece over texts that are in memory already: nothing is read, parsed, hashed or written,
+and the start of its process is not counted. Against it stands the whole command, from its start to the fsync
+of the last file. Floor and command run in turn, with one process and with `workers`; the table has medians.
+"CPU" compares user + system time of all processes, which other work disturbs less than wall time.
 """
 
-import argparse
+from __future__ import annotations
+
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import tyro
+
+from megatron_b2.documents import JsonlWriter, read_documents
+from megatron_b2.testing.measure import machine
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 FLOOR = """
 import json, sys, time
 import sentencepiece
 from megatron_b2.documents import read_documents
-processor = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
-texts = [document.text for document in read_documents(sys.argv[2:])]
+part, parts, model, *inputs = sys.argv[1:]
+processor = sentencepiece.SentencePieceProcessor(model_file=model)
+texts = [document.text for document in read_documents(inputs)][int(part)::int(parts)]
 wall, cpu = time.perf_counter(), time.process_time()
 for start in range(0, len(texts), 256):
     processor.encode(texts[start:start + 256], num_threads=1)
-print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}))
+print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
 """
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is tokenized."""
+
+    input: tuple[Path, ...]
+    """Files or folders of documents."""
+    tokenizer: Path
+    """tokenizer.model, or the folder that holds it."""
+    megabytes: int = 100
+    """The input is repeated up to this size, so that starting the processes does not decide."""
+    rounds: int = 5
+    """Runs of each variant, taken in turns."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processes of the parallel variants; the default is the number of cores."""
+    out: Path = Path("runs/bench/preprocess.json")
+    """All numbers as JSON."""
 
 
 @dataclass
 class Variant:
-    """One line of the table; seconds of each repeat."""
+    """One line of the table, with the seconds of each round."""
 
     name: str
     workers: int
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def row(self, megabytes: float, floor: "Variant") -> dict[str, object]:
-        """Rates in MB of UTF-8 text a second, and shares of the floor's rate."""
+    def row(self, megabytes: float, floors: dict[int, Variant]) -> dict[str, Any]:
+        """Medians, rates in MB of UTF-8 text a second, and shares of the rates of the floors."""
         wall, cpu = statistics.median(self.wall), statistics.median(self.cpu)
-        floor_wall, floor_cpu = statistics.median(floor.wall), statistics.median(floor.cpu)
+        same, one = floors[self.workers], floors[1]
         return {
             "variant": self.name,
             "workers": self.workers,
-            "wall_seconds": round(wall, 3),
-            "cpu_seconds": round(cpu, 3),
-            "mb_per_second": round(megabytes / wall, 3),
-            "mb_per_second_per_core": round(megabytes / wall / self.workers, 3),
-            "mb_per_cpu_second": round(megabytes / cpu, 3),
-            "share_of_floor_wall": round(floor_wall / wall / self.workers, 3),
-            "share_of_floor_cpu": round(floor_cpu / cpu, 3),
+            "wall_s": wall,
+            "cpu_s": cpu,
+            "mb_per_s": megabytes / wall,
+            "mb_per_s_per_worker": megabytes / wall / self.workers,
+            "of_floor_same_workers": statistics.median(same.wall) / wall,
+            "of_one_core_floor_times_workers": statistics.median(one.wall) / wall / self.workers,
+            "of_floor_cpu": statistics.median(same.cpu) / cpu,
+            "rounds_wall_s": self.wall,
+            "rounds_cpu_s": self.cpu,
         }
 
 
-def main() -> int:
-    """Run the benchmark and print a Markdown table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--input", nargs="+", required=True, help="files or folders of documents")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.model or its folder")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the parallel run"
-    )
-    parser.add_argument("--json", type=Path, help="also write all numbers to this file")
-    args = parser.parse_args()
-    model = args.tokenizer / "tokenizer.model" if args.tokenizer.is_dir() else args.tokenizer
-    floor = Variant("SentencePiece alone", 1)
-    runs = [Variant("b2 preprocess", workers) for workers in sorted({1, args.workers})]
-    manifest: dict[str, object] = {}
-    for repeat in range(args.repeats):
-        measure_floor(floor, model, args.input)
-        for run in runs:
-            manifest = measure_preprocess(run, model, args.input)
-        print(f"repeat {repeat + 1} of {args.repeats} done", file=sys.stderr)
-    total = manifest["tally"]["total"]  # type: ignore[index]
-    megabytes = total["text_bytes"] / 1e6
-    report = {
-        "versions": {name: version(name) for name in ("sentencepiece", "numpy")}
-        | {"python": platform.python_version()},
-        "cores": len(os.sched_getaffinity(0)),
-        "repeats": args.repeats,
-        "documents": total["documents"],
-        "tokens": total["tokens"],
-        "megabytes": megabytes,
-        "vocab_size": manifest["vocab_size"],
-        "rows": [variant.row(megabytes, floor) for variant in [floor, *runs]],
-    }
-    print(to_markdown(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0
-
-
-def measure_floor(variant: Variant, model: Path, inputs: list[str]) -> None:
-    """One run of the tokenizer alone, in a process of its own."""
-    output = run_python("-c", FLOOR, str(model), *inputs)
-    seconds = json.loads(output)
-    variant.wall.append(seconds["wall"])
-    variant.cpu.append(seconds["cpu"])
-
-
-def measure_preprocess(variant: Variant, model: Path, inputs: list[str]) -> dict[str, object]:
-    """One run of the whole command; returns the manifest it wrote."""
+def main() -> None:
+    """Run the benchmark, print the table, write the JSON."""
+    options = tyro.cli(Options, description=__doc__)
+    model = options.tokenizer
+    if model.is_dir():
+        model = model / "tokenizer.model"
+    counts = sorted({1, options.workers})
+    floors = {count: Variant("SentencePiece alone", count) for count in counts}
+    commands = {count: Variant("b2 preprocess", count) for count in counts}
+    manifest: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        run_python(
-            *("-m", "megatron_b2.cli.preprocess", *inputs, "--tokenizer", str(model)),
+        text = repeated(options.input, Path(folder) / "text.jsonl", size=options.megabytes * 10**6)
+        for number in range(options.rounds):
+            for count in counts:
+                measure_floor(floors[count], model, text)
+                manifest = measure_command(commands[count], model, text)
+            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+    total = manifest["tally"]["total"]
+    megabytes = total["text_bytes"] / 1e6
+    facts = machine("sentencepiece", "numpy")
+    rows = [variant.row(megabytes, floors) for variant in (*floors.values(), *commands.values())]
+    title = f"{megabytes:.1f} MB of text, {total['documents']:,} documents, V = {manifest['vocab_size']:,}"
+    print(f"{title} · {facts}\n\n{markdown_table(rows)}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"machine": facts, "title": title, "rows": rows}, indent=2) + "\n")
+
+
+def repeated(inputs: Sequence[Path], output: Path, *, size: int) -> Path:
+    """The documents of `inputs`, over and over up to `size` bytes, as JSONL."""
+    with JsonlWriter(output) as writer:
+        written = 0
+        while written < size:
+            for document in read_documents(inputs):
+                writer.write({"text": document.text, "language": document.language})
+                written += len(document.text.encode())
+                if written >= size:
+                    break
+    return output
+
+
+def measure_floor(variant: Variant, model: Path, text: Path) -> None:
+    """One round of `workers` processes that encode an equal part of the texts each."""
+    count = variant.workers
+    processes = [start("-c", FLOOR, str(part), str(count), str(model), str(text)) for part in range(count)]
+    seconds = [json.loads(finish(process)) for process in processes]
+    variant.wall.append(max(wall for wall, _ in seconds))
+    variant.cpu.append(sum(cpu for _, cpu in seconds))
+
+
+def measure_command(variant: Variant, model: Path, text: Path) -> dict[str, Any]:
+    """One round of the whole command; returns the manifest it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        process = start(
+            *("-m", "megatron_b2.cli.main", "preprocess", str(text), "--tokenizer", str(model)),
             *("--output", f"{folder}/out", "--workers", str(variant.workers)),
         )
-        variant.wall.append(time.perf_counter() - start)
+        finish(process)
+        variant.wall.append(time.perf_counter() - begin)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         variant.cpu.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        manifest: dict[str, object] = json.loads(Path(f"{folder}/out.json").read_text())
+        manifest: dict[str, Any] = json.loads(Path(f"{folder}/out.json").read_text())
     return manifest
 
 
-def run_python(*arguments: str) -> str:
-    """Standard output of a Python process that sees this checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """A Python process that works in this checkout."""
+    return subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
 
 
-def to_markdown(report: dict[str, object]) -> str:
+def finish(process: subprocess.Popen[str]) -> str:
+    """Its standard output."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{process.args!r} ended with status {process.returncode}")
+    return output
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """The table for docs/benchmarks.md."""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())  # type: ignore[attr-defined]
     lines = [
-        f"{report['megabytes']:.1f} MB of text, {report['documents']:,} documents, {report['tokens']:,} tokens, "
-        f"vocabulary {report['vocab_size']:,}; {report['cores']} cores; medians of {report['repeats']}; {versions}",
-        "",
-        "| | workers | wall s | MB/s | MB/s per core | of the floor (wall) | of the floor (CPU) |",
-        "|---|---|---|---|---|---|---|",
+        "| | processes | median s | MB/s | MB/s per process | / floor, as many processes "
+        "| / (one-core floor x processes) | / floor, CPU |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["rows"]:  # type: ignore[attr-defined]
+    for row in rows:
         lines.append(
-            f"| {row['variant']} | {row['workers']} | {row['wall_seconds']:.2f} | {row['mb_per_second']:.2f} "
-            f"| {row['mb_per_second_per_core']:.2f} | {row['share_of_floor_wall']:.1%} "
-            f"| {row['share_of_floor_cpu']:.1%} |"
+            f"| {row['variant']} | {row['workers']} | {row['wall_s']:.2f} | {row['mb_per_s']:.2f} "
+            f"| {row['mb_per_s_per_worker']:.2f} | {row['of_floor_same_workers']:.1%} "
+            f"| {row['of_one_core_floor_times_workers']:.1%} | {row['of_floor_cpu']:.1%} |"
         )
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
