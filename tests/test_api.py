@@ -111,5 +111,5 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         model.logits([600])
     with pytest.raises(InputError, match="at least 2 tokens"):
         model.loss([1], [1])
-    with pytest.raises(InputError, match="call .total.backward"):
+    with pytest.raises(InputError, match=r"call \.total\.backward"):
         model.hf_gradients()

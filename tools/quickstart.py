@@ -39,7 +39,7 @@ def run(title: str, *command: str | Path, result: Path | None = None) -> None:
 
 
 def unigram_loss(sources: list[dict[str, object]], *, vocab_size: int) -> float:
-    """Cross-entropy in nats of the blend under its own token frequencies: what a model without context gets."""
+    """Entropy in nats of the token frequencies of the blend: what a model without context reaches."""
     blend = np.zeros(vocab_size)
     weights = [float(source["weight"]) for source in sources]
     for source, weight in zip(sources, weights, strict=True):
@@ -68,7 +68,15 @@ def main() -> None:
     config = tomllib.loads(CONFIG.read_text())
     corpus, tokenizer, export = ROOT / "corpus", ROOT / "tokenizer", ROOT / "export"
     run_folder, sources = Path(config["output_dir"]), config["data"]["sources"]
-    run("real text from Debian packages", "b2", "corpus", "fetch", "--out", corpus, result=corpus / "manifest.json")
+    run(
+        "real text from Debian packages",
+        "b2",
+        "corpus",
+        "fetch",
+        "--out",
+        corpus,
+        result=corpus / "manifest.json",
+    )
     run(
         "tokenizer",
         *("b2", "tokenizer", "train", "--input", corpus, "--out", tokenizer),
@@ -101,7 +109,10 @@ def main() -> None:
             *("--temperature", "0.7", "--top-p", "0.9", "--seed", "1"),
         )
     summary = json.loads((run_folder / "summary.json").read_text())
-    loss, unigram = summary["validation"]["ce"], unigram_loss(sources, vocab_size=config["model"]["vocab_size"])
+    loss, unigram = (
+        summary["validation"]["ce"],
+        unigram_loss(sources, vocab_size=config["model"]["vocab_size"]),
+    )
     print(
         f"\n== done in {(time.monotonic() - start) / 60:.1f} minutes\n"
         f"validation cross-entropy  {loss:.3f} nats (perplexity {math.exp(loss):,.0f})\n"

@@ -82,8 +82,8 @@ class DeepSpeedEngine(Engine):
         return loss
 
     def _backward(self, total: Tensor, *, last: bool) -> None:
-        # A fresh tensor: at stage 0 DeepSpeed 0.19.8 divides the gradient of a forward output by the number of
-        # micro-batches in spite of scale_wrt_gas=False.
+        # A fresh tensor: at stage 0 DeepSpeed 0.19.8 divides the gradient of a forward output by the number
+        # of micro-batches in spite of scale_wrt_gas=False.
         self._engine.backward(total * 1.0, scale_wrt_gas=False)
         if not last:
             self._engine.step()
