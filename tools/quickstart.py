@@ -12,10 +12,13 @@ import os
 import subprocess
 import sys
 import time
-import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from megatron_b2.config import load_config
+from megatron_b2.config.schema import SourceConfig
 
 ROOT = Path("quickstart")
 CONFIG = Path("examples/configs/toy.toml")
@@ -38,12 +41,12 @@ def run(title: str, *command: str | Path, result: Path | None = None) -> None:
     print(f"   {time.monotonic() - start:.0f} s", flush=True)
 
 
-def unigram_loss(sources: list[dict[str, object]], *, vocab_size: int) -> float:
+def unigram_loss(sources: Sequence[SourceConfig], *, vocab_size: int) -> float:
     """Entropy in nats of the token frequencies of the blend: what a model without context reaches."""
     blend = np.zeros(vocab_size)
-    weights = [float(source["weight"]) for source in sources]
+    weights = [source.weight for source in sources]
     for source, weight in zip(sources, weights, strict=True):
-        counts = np.bincount(np.fromfile(f"{source['prefix']}.bin", dtype=np.uint16), minlength=vocab_size)
+        counts = np.bincount(np.fromfile(f"{source.prefix}.bin", dtype=np.uint16), minlength=vocab_size)
         blend += weight / sum(weights) * counts / counts.sum()
     seen = blend[blend > 0]
     return float(-(seen * np.log(seen)).sum())
@@ -65,9 +68,10 @@ def export_difference(run_folder: Path, export: Path) -> float:
 def main() -> None:
     """Run all steps."""
     start = time.monotonic()
-    config = tomllib.loads(CONFIG.read_text())
+    config = load_config(CONFIG).config
+    vocab_size = config.model.vocab_size
     corpus, tokenizer, export = ROOT / "corpus", ROOT / "tokenizer", ROOT / "export"
-    run_folder, sources = Path(config["output_dir"]), config["data"]["sources"]
+    run_folder, sources = Path(config.output_dir), config.data.sources
     run(
         "real text from Debian packages",
         "b2",
@@ -80,12 +84,12 @@ def main() -> None:
     run(
         "tokenizer",
         *("b2", "tokenizer", "train", "--input", corpus, "--out", tokenizer),
-        *("--vocab-size", str(config["model"]["vocab_size"])),
+        *("--vocab-size", str(vocab_size)),
         *("--language-weight", "zh=0.45", "en=0.35"),
         result=tokenizer,
     )
     for source in sources:
-        prefix = Path(str(source["prefix"]))
+        prefix = Path(source.prefix)
         text = corpus / f"{prefix.name}.jsonl"
         run(
             f"tokenize {prefix.name}",
@@ -111,7 +115,7 @@ def main() -> None:
     summary = json.loads((run_folder / "summary.json").read_text())
     loss, unigram = (
         summary["validation"]["ce"],
-        unigram_loss(sources, vocab_size=config["model"]["vocab_size"]),
+        unigram_loss(sources, vocab_size=vocab_size),
     )
     print(
         f"\n== done in {(time.monotonic() - start) / 60:.1f} minutes\n"
