@@ -20,16 +20,18 @@ LAYERS = (
     ("config",),
     ("parallel", "ops", "documents", "tokenizer"),
     ("model", "data", "corpus"),
+    ("pipeline",),
     ("optim", "checkpoint"),
     ("api",),
     ("engine",),
     ("training",),
-    ("cli",),
+    ("layouts",),
     ("testing",),
+    ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-# Beside the order: a tokenizer is trained on documents.
-SIDEWAYS = {("tokenizer", "documents")}
+# Beside the order: a tokenizer is trained on documents, an operation may span ranks.
+SIDEWAYS = {("tokenizer", "documents"), ("ops", "parallel")}
 
 MAX_MODULE_LINES = 500
 MAX_FUNCTION_LINES = 60

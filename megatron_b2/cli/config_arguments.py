@@ -39,9 +39,9 @@ class ConfigArguments:
     flags: Mapping[str, str]
     """The command's own flags that were given, without dashes; "" for a switch."""
 
-    def load(self) -> ResolvedConfig:
-        """The configuration with the settings of the command line over it."""
-        return load_config(self.path, self.overrides)
+    def load(self, *, world_size: int | None = None) -> ResolvedConfig:
+        """The configuration under the settings of the command line, checked for so many ranks if given."""
+        return load_config(self.path, self.overrides, world_size=world_size)
 
 
 def parse(

@@ -23,6 +23,8 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "convert": "import from and export to Hugging Face folders",
         "generate": "write text with a checkpoint or a Hugging Face folder",
         "config": "show, check and list configurations",
+        "layout": "check a parallel layout, and what it costs, before it runs",
+        "selftest": "prove on this machine that every parallel layout equals one process",
     }
 )
 """Command -> one line; the command lives in megatron_b2/cli/<command>.py."""

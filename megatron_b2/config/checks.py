@@ -7,25 +7,13 @@ configuration, WORLD_RULES need the number of ranks, TRAINING_RULES hold when tr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, TypeAlias
+from collections.abc import Mapping
+from typing import Final
 
+from megatron_b2.config.layout_checks import LAYOUT_RULES, LAYOUT_WORLD_RULES
+from megatron_b2.config.problem import Problem, Problems, Rule, WorldRule
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A violated rule: the settings it concerns, and what to change."""
-
-    keys: tuple[str, ...]
-    message: str
-
-
-Problems: TypeAlias = Iterator[Problem]
-Rule: TypeAlias = Callable[[RunConfig], Problems]
-WorldRule: TypeAlias = Callable[[RunConfig, int], Problems]
 
 POSITIVE: Final = (
     "model.hidden_size",
@@ -44,7 +32,14 @@ POSITIVE: Final = (
     "train.micro_batch_size",
     "train.log_interval",
     "train.eval_batches",
+    "parallel.tensor",
+    "parallel.context",
+    "parallel.pipeline",
+    "parallel.virtual_stages",
+    "parallel.hpz",
+    "parallel.memory_gb",
     "parallel.timeout_minutes",
+    "parallel.first_step_seconds",
     "checkpoint.keep_last",
 )
 NOT_NEGATIVE: Final = (
@@ -54,6 +49,8 @@ NOT_NEGATIVE: Final = (
     "train.seed",
     "train.max_z_weight",
     "train.eval_interval",
+    "parallel.whole_parameters",
+    "parallel.watchdog_seconds",
     "checkpoint.interval",
     "checkpoint.keep_every",
     "checkpoint.milestone_tokens",
@@ -249,19 +246,6 @@ def single_engine_is_alone(config: RunConfig, world_size: int) -> Problems:
         )
 
 
-def batch_divides(config: RunConfig, world_size: int) -> Problems:
-    """Every rank runs the same whole number of micro-batches."""
-    total, micro = config.train.global_batch_size, config.train.micro_batch_size
-    unit = micro * world_size
-    if total > 0 and micro > 0 and total % unit:
-        lower, upper = max(total // unit, 1) * unit, (total // unit + 1) * unit
-        yield Problem(
-            ("train.global_batch_size", "train.micro_batch_size"),
-            f"train.global_batch_size = {total} is not a multiple of train.micro_batch_size x ranks = "
-            f"{micro} x {world_size} = {unit}: use {' or '.join(map(str, sorted({lower, upper})))}",
-        )
-
-
 def has_sources(config: RunConfig) -> Problems:
     """There is something to train on."""
     if not config.data.sources:
@@ -291,8 +275,9 @@ RULES: Final[tuple[Rule, ...]] = (
     deepspeed_keys_used,
     keep_every_is_saved,
     milestones_are_apart,
+    *LAYOUT_RULES,
 )
-WORLD_RULES: Final[tuple[WorldRule, ...]] = (single_engine_is_alone, batch_divides)
+WORLD_RULES: Final[tuple[WorldRule, ...]] = (single_engine_is_alone, *LAYOUT_WORLD_RULES)
 TRAINING_RULES: Final[tuple[Rule, ...]] = (has_sources,)
 
 
@@ -305,7 +290,7 @@ def find_problems(
 ) -> list[str]:
     """Every violated rule, as text that ends in where the values were given when `provenance` is known.
 
-    `world_size` (data-parallel ranks) adds WORLD_RULES; `training` adds TRAINING_RULES.
+    `world_size` (all ranks of the run) adds WORLD_RULES; `training` adds TRAINING_RULES.
     """
     problems = [problem for rule in RULES for problem in rule(config)]
     if world_size is not None:
@@ -315,8 +300,11 @@ def find_problems(
     return [_located(problem, provenance or {}) for problem in problems]
 
 
-def check(config: RunConfig, *, world_size: int = 1, provenance: Mapping[str, str] | None = None) -> None:
-    """Raise ConfigError with every violated rule for a run on `world_size` data-parallel ranks."""
+def check(
+    config: RunConfig, *, world_size: int | None = None, provenance: Mapping[str, str] | None = None
+) -> None:
+    """Raise ConfigError with every violated rule for a run on `world_size` ranks, by default the fewest."""
+    world_size = config.parallel.model_ranks if world_size is None else world_size
     if problems := find_problems(config, world_size=world_size, provenance=provenance):
         raise ConfigError(problems)
 

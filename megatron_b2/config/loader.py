@@ -26,11 +26,14 @@ class ResolvedConfig:
     """Dotted key -> "file:line", "preset:name:line", "command line" or "default"."""
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConfig:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, world_size: int | None = None
+) -> ResolvedConfig:
     """Read a TOML file (or "preset:<name>"), what it extends, and command-line settings over both.
 
     Raises ConfigError that lists every problem at once: unknown keys, wrong types, missing settings, and
-    rules between settings (see checks.py; those that need the number of ranks are checked at launch).
+    rules between settings (see checks.py; those that need the number of ranks are checked at launch, or here
+    when `world_size` is given).
     """
     problems: list[str] = []
     files = read_layer(path, problems)
@@ -43,7 +46,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> ResolvedConf
     if not isinstance(config, RunConfig):
         raise ConfigError(problems)
     provenance = {dotted(key): layer.origins.get(key, "default") for key, _ in leaves(to_dict(config))}
-    problems += find_problems(config, provenance=provenance)
+    problems += find_problems(config, world_size=world_size, provenance=provenance)
     if problems:
         raise ConfigError(problems)
     return ResolvedConfig(config, MappingProxyType(provenance))

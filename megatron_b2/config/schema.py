@@ -127,6 +127,8 @@ class TrainConfig:
     """Weight of the max-z loss (report section 2.5); 0 turns it off."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in backward: none, the attention core and SwiGLU, or whole blocks."""
+    recompute_layers: tuple[int, ...] = ()
+    """Blocks (0-based) that `recompute` applies to; an empty list means all."""
     deterministic: bool = True
     """Only deterministic algorithms; an operation that has none is an error."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -147,14 +149,55 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Engine and layout."""
+    """Engine and layout: ranks = tensor x context x data x pipeline, where data is what the others leave."""
 
     engine: Literal["single", "deepspeed"] = "single"
-    """One plain torch process, or DeepSpeed ZeRO data parallelism."""
+    """One plain torch process, or DeepSpeed ZeRO with any layout."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What ZeRO shards over the data-parallel ranks: nothing, optimizer, + gradients, + parameters."""
+    """What ZeRO shards over data x context ranks: nothing, optimizer, + gradients, + parameters."""
+    tensor: int = 1
+    """Ranks that split every matrix (Megatron-LM style); keep them inside one node."""
+    context: int = 1
+    """Ranks that split the sequence of every sample, for long sequences."""
+    pipeline: int = 1
+    """Pipeline stages: ranks that hold different layers."""
+    sequence_parallel: bool = False
+    """Norms and residuals on sequence shards of the tensor-parallel ranks."""
+    context_method: Literal["auto", "ulysses", "ring"] = "auto"
+    """Attention over context-parallel ranks: auto is ulysses where the heads divide, else ring."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order in which pipeline stages run micro-batches."""
+    virtual_stages: int = 1
+    """Chunks of layers a pipeline rank holds; more than 1 only with schedule "interleaved"."""
+    hpz: int = 1
+    """ZeRO-3 partitions a second copy of the parameters over N ranks (a node) for backward; 1 is off."""
+    offload_optimizer: bool = False
+    """Optimizer state and step on the CPU."""
+    quantized_weights: bool = False
+    """ZeRO-3 gathers parameters in 8 bits (ZeRO++ qwZ); changes the numbers."""
+    quantized_gradients: bool = False
+    """ZeRO-3 reduces gradients in 4 bits (ZeRO++ qgZ); changes the numbers."""
+    whole_parameters: int = 0
+    """ZeRO-3 keeps the first parameters, up to this many elements on a rank, whole instead of partitioned."""
+    auto: bool = False
+    """Choose zero_stage and recomputation for parallel.memory_gb from the memory model, and print why."""
+    memory_gb: float = 80.0
+    """Memory of one device in GiB that `auto` may fill (A100 and A800: 80)."""
     timeout_minutes: float = 30.0
     """Limit of one collective operation."""
+    watchdog_seconds: float = 300.0
+    """A rank that makes no progress for this long ends the run with a report; 0 turns the watchdog off."""
+    first_step_seconds: float = 1_800.0
+    """The same limit for the first step, which compiles and connects."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together hold the model and one sample: tensor x context x pipeline."""
+        return self.tensor * self.context * self.pipeline
+
+    def data_size(self, world_size: int) -> int:
+        """Ranks of the data dimension, which share the global batch (checks.py holds that it divides)."""
+        return world_size // self.model_ranks
 
 
 @dataclass(frozen=True, kw_only=True)

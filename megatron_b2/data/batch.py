@@ -21,6 +21,22 @@ class Batch:
     position_ids: Tensor
     """int32 [B, S]; restarts at 0 with each segment."""
 
+    def context_part(self, rank: int, size: int) -> Batch:
+        """The consecutive 1 / size of every sequence that a context-parallel rank works on.
+
+        Segment ids stay whole: attention needs to know where the documents of the other parts begin.
+        """
+        if size == 1:
+            return self
+        length = self.input_ids.shape[1] // size
+        here = slice(rank * length, (rank + 1) * length)
+        return Batch(
+            input_ids=self.input_ids[:, here],
+            labels=self.labels[:, here],
+            segment_ids=self.segment_ids,
+            position_ids=self.position_ids[:, here],
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies from pinned memory do not block."""
         return Batch(

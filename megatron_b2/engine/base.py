@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_b2.checkpoint.logical import LogicalState
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.engine.finite import FiniteGuard, first_nonfinite_layer
 from megatron_b2.errors import NonFiniteError
-from megatron_b2.model.model import BaichuanModel
-from megatron_b2.ops.head_loss import IGNORE_INDEX, HeadLoss
+from megatron_b2.ops.head_loss import IGNORE_INDEX
 from megatron_b2.parallel.comm import Comm
+from megatron_b2.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,35 @@ class Engine(ABC):
 
     Args:
         config: the whole run.
-        comm: the data-parallel ranks.
+        comm: all ranks of the run.
         device: where this rank computes.
+        layout: sizes of the parallel dimensions.
     """
 
-    model: BaichuanModel
+    module: nn.Module
+    """What this rank trains: the model, or the pipeline stages that it holds."""
 
-    def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device, layout: Layout) -> None:
         self.config = config
         self.comm = comm
         self.device = device
-        self.dp_rank = comm.rank
-        self.dp_size = comm.size
+        self.layout = layout
+        self.coordinates = layout.coordinates(comm.rank)
+        self.dp_rank = self.coordinates.dp
+        self.dp_size = layout.data
 
     # What a kind of engine provides.
 
     @abstractmethod
-    def _forward(self, batch: Batch, ce_scale: Tensor, z_scale: Tensor) -> HeadLoss:
-        """Loss sums of one micro-batch."""
+    def _accumulate(self, micro: Sequence[Batch], ce_scale: Tensor, z_scale: Tensor) -> Tensor:
+        """Forward and backward of all micro-batches: sums [ce, max_z], fp64, of what this rank computed.
+
+        Gradients are accumulated and reduced over the ranks that share this rank's weights.
+        """
 
     @abstractmethod
-    def _backward(self, total: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; reduce them over the ranks at the latest when `last`."""
+    def _evaluate(self, micro: Sequence[Batch]) -> Tensor:
+        """Forward only; sums as in `_accumulate`."""
 
     @abstractmethod
     def _update(self, lr: float) -> Tensor:
@@ -98,8 +105,12 @@ class Engine(ABC):
         """Forget what was accumulated, as if the step had not been."""
 
     @abstractmethod
-    def _all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+    def _sum_over_batch(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that hold the other parts of the global batch, in place."""
+
+    @abstractmethod
+    def _sum_over_stages(self, tensor: Tensor) -> Tensor:
+        """Sum over the pipeline stages of this rank's batch, in place."""
 
     @abstractmethod
     def logical_state(self) -> LogicalState:
@@ -111,9 +122,9 @@ class Engine(ABC):
 
     # What all share.
 
-    def _start(self, model: BaichuanModel) -> None:
-        self.model = model
-        self._guard = FiniteGuard(model, device=self.device)
+    def _start(self, module: nn.Module) -> None:
+        self.module = module
+        self._guard = FiniteGuard(module, device=self.device)
 
     def train_step(self, micro: Sequence[Batch], *, lr: float, step: int) -> StepResult:
         """Forward, backward, reduce, check, clip, update.
@@ -127,15 +138,13 @@ class Engine(ABC):
             NonFiniteError: a loss or gradient is NaN or infinite and train.on_nonfinite is "stop"; weights
                 and optimizer state are as before the step.
         """
-        micro = [batch.to(self.device) for batch in micro]
+        tokens = self.dp_size * sum(batch.input_ids.numel() for batch in micro)
+        micro = self._here(micro)
         scales = self._scales(micro)
-        sums = torch.zeros(2, device=self.device)
         self._guard.reset()
-        for index, batch in enumerate(micro):
-            # Engines average gradients over ranks, hence the factor dp_size.
-            out = self._forward(batch, scales.ce * self.dp_size, scales.z * self.dp_size)
-            self._backward(out.total, last=index == len(micro) - 1)
-            sums += torch.stack([out.ce, out.max_z])
+        # Engines average gradients over the ranks that share weights, hence the factor.
+        average = self.layout.data_context
+        sums = self._accumulate(micro, scales.ce * average, scales.z * average)
         skipped = self._nonfinite(micro, sums, step)
         if skipped:
             self._discard_gradients()
@@ -143,21 +152,17 @@ class Engine(ABC):
         else:
             grad_norm = self._update(lr)
         ce, max_z = self._means(sums, scales)
-        tokens = self.dp_size * sum(batch.input_ids.numel() for batch in micro)
         loss = ce + self.config.train.max_z_weight * max_z
         return StepResult(loss, ce, max_z, grad_norm, tokens, skipped)
 
     @torch.no_grad()
     def eval_step(self, micro: Sequence[Batch]) -> EvalResult:
         """Losses of this rank's share of a validation batch, averaged over all ranks."""
-        micro = [batch.to(self.device) for batch in micro]
+        micro = self._here(micro)
         scales = self._scales(micro)
-        sums = torch.zeros(2, device=self.device)
-        self.model.eval()
-        for batch in micro:
-            out = self._forward(batch, scales.ce, scales.z)
-            sums += torch.stack([out.ce, out.max_z])
-        self.model.train()
+        self.module.eval()
+        sums = self._evaluate(micro)
+        self.module.train()
         ce, max_z = self._means(sums, scales)
         loss = ce + self.config.train.max_z_weight * max_z
         return EvalResult(loss, ce, max_z, int(scales.targets.item()))
@@ -175,18 +180,23 @@ class Engine(ABC):
         if self.device.type == "cuda" and "rng/cuda" in state:
             torch.cuda.set_rng_state(state["rng/cuda"], self.device)
 
+    def _here(self, micro: Sequence[Batch]) -> list[Batch]:
+        """This rank's part of its micro-batches, on its device."""
+        place, size = self.coordinates.cp, self.layout.context
+        return [batch.context_part(place, size).to(self.device) for batch in micro]
+
     def _scales(self, micro: Sequence[Batch]) -> _Scales:
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for batch in micro:
             counts[0] += (batch.labels != IGNORE_INDEX).sum()
             counts[1] += batch.labels.numel()
-        targets, positions = self._all_reduce_sum(counts).unbind()
+        targets, positions = self._sum_over_batch(counts).unbind()
         ce = (1.0 / targets.clamp(min=1)).float()
         z = (self.config.train.max_z_weight / positions).float()
         return _Scales(targets, positions, ce, z)
 
     def _means(self, sums: Tensor, scales: _Scales) -> tuple[Tensor, Tensor]:
-        total = self._all_reduce_sum(sums.double())
+        total = self._sum_over_batch(self._sum_over_stages(sums.clone()))
         ce, max_z = total / torch.stack([scales.targets.clamp(min=1), scales.positions])
         return ce.float(), max_z.float()
 
@@ -200,7 +210,7 @@ class Engine(ABC):
             return True
         finding = None
         if self.comm.all_reduce_max(int(not loss_is_finite)):
-            layer = first_nonfinite_layer(self.model, micro)
+            layer = first_nonfinite_layer(self.module, lambda: self._evaluate(micro))
             finding = layer and f"loss is not finite, first seen in the output of {layer}"
         elif parameter is not None:
             finding = f"gradient of {parameter} is not finite"

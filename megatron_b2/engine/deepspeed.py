@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO data parallelism, stages 0 to 3, behind the `Engine` interface.
+"""DeepSpeed ZeRO, stages 0 to 3, combined with tensor, sequence, context and pipeline parallelism.
 
-DeepSpeed shards and reduces; the loss scale, the learning rate, the finite check, the data and the
-checkpoints are ours. This is the only module that imports deepspeed; `_Shards` below is the only place that
-knows how a stage lays out its fp32 weights and moments.
+DeepSpeed shards, reduces, clips and steps over the ranks that hold the same weights. The model's parallelism,
+the pipeline schedule, the loss scale, the learning rate, the finite check and the checkpoints are ours. This
+is the only module that imports deepspeed.
 """
 
 from __future__ import annotations
@@ -10,25 +10,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from megatron_b2.checkpoint.logical import LogicalState, LogicalTensor, flat_pieces
+from megatron_b2.checkpoint.logical import LogicalState
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.engine.base import Engine
 from megatron_b2.engine.deepspeed_config import deepspeed_json
-from megatron_b2.engine.single import DTYPES, whole, whole_state
+from megatron_b2.engine.pipelined import PipelinedModel
+from megatron_b2.engine.sharded_state import logical_name
+from megatron_b2.engine.single import DTYPES, run_model
+from megatron_b2.engine.zero_state import ZeroState
 from megatron_b2.model.model import BaichuanModel
-from megatron_b2.ops.head_loss import HeadLoss
-from megatron_b2.optim.adamw import MOMENTS, build_adamw, create_state
+from megatron_b2.model.sharding import shard_spec
+from megatron_b2.model.split import ModelSplit
+from megatron_b2.optim.adamw import build_adamw
 from megatron_b2.parallel.comm import Comm
+from megatron_b2.parallel.context_parallel import ContextParallel, resolve_method
+from megatron_b2.parallel.groups import ParallelGroups
+from megatron_b2.parallel.layout import Layout
+from megatron_b2.parallel.tensor_parallel import TensorParallel
 
 _CPU_SHARED_MEMORY_OP = "deepspeed_shm_comm"
 
@@ -43,50 +51,83 @@ def _prepare() -> None:
 
 
 class DeepSpeedEngine(Engine):
-    """One rank of a ZeRO data-parallel run; torch.distributed must be initialised."""
+    """One rank of a run in any layout; torch.distributed must be initialised."""
 
     def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device) -> None:
-        super().__init__(config, comm=comm, device=device)
+        layout = Layout.of(config.parallel, world_size=comm.size)
+        super().__init__(config, comm=comm, device=device, layout=layout)
         _prepare()
+        timeout = timedelta(minutes=config.parallel.timeout_minutes)
+        self._groups = ParallelGroups.create(layout, timeout=timeout)
         self._stage = config.parallel.zero_stage
         settings = deepspeed_json(config, world_size=comm.size)
-        shard_at_birth = (
-            deepspeed.zero.Init(config_dict_or_path=settings)
-            if self._stage == 3
-            else contextlib.nullcontext()
-        )
-        with shard_at_birth:
-            model = BaichuanModel(
-                config.model,
-                recompute=config.train.recompute,
-                dtype=DTYPES[config.train.precision],
-                device=device,
-            )
-        optimizer = build_adamw(dict(model.named_parameters()), config.optim)
+        units = _ModelParallelUnit(self._groups)
+        split = model_split(config, self._groups)
+        born = contextlib.nullcontext()
+        if self._stage == 3:
+            group = self._groups.data_context
+            born = deepspeed.zero.Init(config_dict_or_path=settings, data_parallel_group=group, mpu=units)
+        with born:
+            module = self._build(split)
+        _stamp(module, tensor_rank=self.coordinates.tp)
+        optimizer = build_adamw(dict(module.named_parameters()), config.optim)
         self._engine, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            model=module, optimizer=optimizer, config=settings, mpu=units, dist_init_required=False
         )
+        if split.tensor.sequence_parallel:
+            reduce_sequence_gradients(module, split.tensor)
         self._start(self._engine.module)
         self._count = torch.zeros(1, device=device)
-        self._shards = _Shards(self._engine, self._stage)
-
-    def _forward(self, batch: Batch, ce_scale: Tensor, z_scale: Tensor) -> HeadLoss:
-        loss: HeadLoss = self._engine(
-            batch.input_ids,
-            batch.labels,
-            segment_ids=batch.segment_ids,
-            position_ids=batch.position_ids,
-            ce_scale=ce_scale,
-            z_scale=z_scale,
+        self._zero_state = ZeroState(
+            self._engine, stage=self._stage, model=config.model, layout=layout, coordinates=self.coordinates
         )
-        return loss
 
-    def _backward(self, total: Tensor, *, last: bool) -> None:
-        # A fresh tensor: at stage 0 DeepSpeed 0.19.8 divides the gradient of a forward output by the number
-        # of micro-batches in spite of scale_wrt_gas=False.
-        self._engine.backward(total * 1.0, scale_wrt_gas=False)
-        if not last:
-            self._engine.step()
+    def _build(self, split: ModelSplit) -> nn.Module:
+        train = self.config.train
+        if self.layout.pipeline > 1:
+            return PipelinedModel(
+                self.config,
+                split=split,
+                groups=self._groups,
+                dtype=DTYPES[train.precision],
+                device=self.device,
+            )
+        return BaichuanModel(
+            self.config.model,
+            split=split,
+            recompute=train.recompute,
+            dtype=DTYPES[train.precision],
+            device=self.device,
+        )
+
+    def _accumulate(self, micro: Sequence[Batch], ce_scale: Tensor, z_scale: Tensor) -> Tensor:
+        if isinstance(self.module, PipelinedModel):
+            self._engine.set_gradient_accumulation_boundary(False)
+            sums = self.module.train_batch(micro, ce_scale, z_scale, after_backward=self._after_backward)
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.allreduce_gradients()
+            return sums
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(micro):
+            out = run_model(self._engine, batch, ce_scale, z_scale)
+            # A fresh tensor: at stage 0 DeepSpeed 0.19.8 divides the gradient of a forward output by the number
+            # of micro-batches in spite of scale_wrt_gas=False.
+            self._engine.backward(out.total * 1.0, scale_wrt_gas=False)
+            if index < len(micro) - 1:
+                self._engine.step()
+            sums += torch.stack([out.ce, out.max_z])
+        return sums
+
+    def _after_backward(self) -> None:
+        """bf16 with fp32 accumulation: add this micro-batch's gradients to the fp32 ones."""
+        if hasattr(self._engine.optimizer, "update_hp_grads"):
+            self._engine.optimizer.update_hp_grads(clear_lp_grads=True)
+
+    def _evaluate(self, micro: Sequence[Batch]) -> Tensor:
+        if isinstance(self.module, PipelinedModel):
+            return self.module.evaluate_batch(micro)
+        outs = [run_model(self._engine, batch, 1.0, 0.0) for batch in micro]
+        return torch.stack([torch.stack([out.ce, out.max_z]) for out in outs]).double().sum(dim=0)
 
     def _update(self, lr: float) -> Tensor:
         for group in self._engine.optimizer.param_groups:
@@ -102,105 +143,101 @@ class DeepSpeedEngine(Engine):
         return norm
 
     def _whole_gradient_norm(self) -> Tensor:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return nn.utils.get_total_norm(grads)
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None and p.tensor_model_parallel]
+        norm = nn.utils.get_total_norm(grads).square()
+        if self._groups.layout.tensor * self._groups.layout.pipeline > 1:
+            dist.all_reduce(norm, group=self._groups.model)
+        return norm.sqrt()
 
     def _discard_gradients(self) -> None:
-        self._shards.discard_gradients()
+        self._zero_state.discard_gradients()
         self._engine.micro_steps += 1
 
-    def _all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
+    def _sum_over_batch(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self._groups.data_context)
+        return tensor
+
+    def _sum_over_stages(self, tensor: Tensor) -> Tensor:
+        if self._groups.pp is not None:
+            dist.all_reduce(tensor, group=self._groups.pp)
         return tensor
 
     def logical_state(self) -> LogicalState:
-        """Views of this rank's ZeRO partitions; see `Engine.logical_state`."""
-        return self._shards.logical_state(self._count, write_whole=self.comm.rank == 0)
+        """Views of this rank's partitions; see `Engine.logical_state`."""
+        return self._zero_state.logical_state(self._count)
 
     def state_loaded(self) -> None:
         """See `Engine.state_loaded`."""
-        self._shards.refresh(self._count)
+        self._zero_state.refresh(self._count)
 
 
-class _Shards:
-    """Where each ZeRO stage keeps fp32 weights and AdamW moments."""
+class _ModelParallelUnit:
+    """What DeepSpeed calls an mpu: its data-parallel group is ours of equal weights, its model group TP x PP."""
 
-    def __init__(self, engine: Any, stage: int) -> None:
-        self._engine = engine
-        self._stage = stage
-        self._names = {parameter: name for name, parameter in engine.module.named_parameters()}
-        self._zero = engine.optimizer
-        self._adam = engine.basic_optimizer if stage == 0 else self._zero.optimizer
-        create_state(self._adam, self._flat_masters())
-        if stage in (1, 2):
-            # Points every parameter at its slice of the moments just made.
-            self._zero._lazy_init_hp_params_optimizer_state()
+    def __init__(self, groups: ParallelGroups) -> None:
+        self._groups = groups
 
-    def _flat_masters(self) -> list[Tensor]:
-        if self._stage == 0:
-            return list(self._names)
-        if self._stage == 3:
-            return list(self._zero.fp32_partitioned_groups_flat)
-        if isinstance(self._zero, BF16_Optimizer):
-            return list(self._zero.fp32_groups_flat_partition)
-        return list(self._zero.single_partition_of_fp32_groups)
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.coordinates.pp * self._groups.layout.tensor + self._groups.coordinates.tp
 
-    def logical_state(self, count: Tensor, *, write_whole: bool) -> LogicalState:
-        """Logical tensors of this rank; `write_whole` says who saves what is replicated."""
-        if self._stage == 0:
-            masters = {name: parameter for parameter, name in self._names.items()}
-            return whole_state(masters, self._adam, count, write=write_whole)
-        fragments = self._stage_3_fragments if self._stage == 3 else self._stage_1_2_fragments
-        state: LogicalState = {}
-        for kind, key in (("model", None), *((f"optim/{m}", m) for m in MOMENTS)):
-            for name, shape, start, flat in fragments(key):
-                pieces = flat_pieces(flat, local_shape=shape, start=start)
-                state[f"{kind}/{name}"] = LogicalTensor(shape=shape, dtype=torch.float32, pieces=pieces)
-        state["optim/step"] = whole(count, write=write_whole)
-        return state
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.layout.tensor * self._groups.layout.pipeline
 
-    def _stage_1_2_fragments(self, key: str | None) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
-        for parameter, name in self._names.items():
-            mapping = parameter._hp_mapping
-            flat = torch.empty(0) if mapping is None else mapping.get_hp_fragment(key).detach()
-            start = 0 if mapping is None else mapping.lp_fragment_address.start
-            yield name, tuple(parameter.shape), start, flat
+    def get_model_parallel_group(self) -> Any:
+        return self._groups.model
 
-    def _stage_3_fragments(self, key: str | None) -> Iterator[tuple[str, tuple[int, ...], int, Tensor]]:
-        rank = dist.get_rank()
-        for parameter, name in self._names.items():
-            flat, _ = self._zero._get_fp32_opt_state_partition(parameter, True, optim_state_key=key)
-            shape, total = tuple(parameter.ds_shape), parameter.ds_numel
-            start = min(rank * flat.numel(), total)
-            yield name, shape, start, flat.detach()[: total - start]
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._groups.coordinates.tp
 
-    @torch.no_grad()
-    def refresh(self, count: Tensor) -> None:
-        """Copy fp32 weights to the working weights and the step count to every partition."""
-        for master in self._flat_masters():
-            self._adam.state[master]["step"].copy_(count[0])
-        if self._stage in (1, 2):
-            self._zero.update_lp_params()
-        if self._stage == 3:
-            self._zero._partition_all_parameters()
-            for group in range(len(self._zero.fp16_groups)):
-                self._zero._reassign_or_swap_out_partitioned_parameters(group)
-            if self._zero.persistent_parameters:
-                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._groups.layout.tensor
 
-    def discard_gradients(self) -> None:
-        """Drop the gradients of an unfinished step."""
-        if self._stage == 0:
-            self._engine.zero_grad()
-            return
-        self._zero.zero_grad()
-        if self._stage in (1, 2) and not isinstance(self._zero, BF16_Optimizer):
-            self._zero.micro_step_id = -1
-            for group in list(self._zero.averaged_gradients):
-                self._zero.averaged_gradients[group] = None
-                self._zero.all_grad_tensors[group] = None
-            self._zero._release_preflattened_grad_buffers()
-        if self._stage == 3:
-            self._zero.micro_step_id = 0
-            self._zero._epilogue_ran_this_backward = False
-            self._zero.averaged_gradients = {}
+    def get_tensor_model_parallel_group(self) -> Any:
+        return self._groups.model
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.coordinates.dp * self._groups.layout.context + self._groups.coordinates.cp
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.layout.data_context
+
+    def get_data_parallel_group(self) -> Any:
+        return self._groups.data_context
+
+
+def model_split(config: RunConfig, groups: ParallelGroups) -> ModelSplit:
+    """How the model of this rank is split."""
+    layout, place = groups.layout, groups.coordinates
+    tensor = TensorParallel(
+        size=layout.tensor,
+        rank=place.tp,
+        group=groups.tp,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+    method = resolve_method(
+        config.parallel.context_method,
+        heads_local=config.model.num_heads // layout.tensor,
+        context=layout.context,
+    )
+    context = ContextParallel(size=layout.context, rank=place.cp, group=groups.cp, method=method)
+    return ModelSplit(tensor=tensor, context=context)
+
+
+def _stamp(module: nn.Module, *, tensor_rank: int) -> None:
+    """Mark the parameters that this rank counts in the gradient norm: each is counted once over TP x PP."""
+    for name, parameter in module.named_parameters():
+        is_split = shard_spec(logical_name(name)).dim is not None
+        parameter.tensor_model_parallel = is_split or tensor_rank == 0  # type: ignore[attr-defined]
+
+
+def reduce_sequence_gradients(module: nn.Module, tensor: TensorParallel) -> None:
+    """Sum gradients of unsplit parameters over the sequence shards, driven by the shard table."""
+
+    def total(grad: Tensor) -> Tensor:
+        whole = grad.contiguous()
+        dist.all_reduce(whole, group=tensor.group)
+        return whole
+
+    for name, parameter in module.named_parameters():
+        if shard_spec(logical_name(name)).dim is None:
+            parameter.register_hook(total)

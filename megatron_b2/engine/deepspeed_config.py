@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import sys
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -19,6 +20,9 @@ from megatron_b2.errors import ConfigError
 
 BUCKET_ELEMENTS: Final = 200_000_000
 """Elements of one reduce or gather (our choice: 0.8 GB of fp32 in flight)."""
+
+OFFLOAD: Final[Mapping[str, Any]] = MappingProxyType({"device": "cpu", "pin_memory": True})
+"""Where parallel.offload_optimizer puts the optimizer."""
 
 NEVER: Final = 2**31 - 1
 """steps_per_print: our own metrics are the log."""
@@ -31,9 +35,9 @@ OURS: Final[Mapping[str, str]] = MappingProxyType(
         "torch_autocast": "the precision comes from train.precision",
         "activation_checkpointing": "recomputation comes from train.recompute",
         "tensorboard": "metrics are written by [train]",
-        "pipeline": "there are no pipeline stages",
-        "tensor_parallel": "there is no tensor parallelism",
-        "sequence_parallel_size": "there is no sequence parallelism",
+        "pipeline": "stages and their schedule come from [parallel]",
+        "tensor_parallel": "it comes from parallel.tensor",
+        "sequence_parallel_size": "the sequence is split by parallel.context and parallel.sequence_parallel",
         "hybrid_engine": "it trains and generates with another model code",
     }
 )
@@ -46,6 +50,11 @@ SOURCES: Final[Mapping[str, str]] = MappingProxyType(
         "gradient_accumulation_steps": "train.global_batch_size",
         "gradient_clipping": "optim.grad_clip",
         "zero_optimization.stage": "parallel.zero_stage",
+        "zero_optimization.stage3_model_persistence_threshold": "parallel.whole_parameters",
+        "zero_optimization.zero_hpz_partition_size": "parallel.hpz",
+        "zero_optimization.zero_quantized_weights": "parallel.quantized_weights",
+        "zero_optimization.zero_quantized_gradients": "parallel.quantized_gradients",
+        "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
         "bf16.enabled": "train.precision",
     }
 )
@@ -86,8 +95,10 @@ EXTRA_KEYS: Final = frozenset(
 
 
 def deepspeed_json(config: RunConfig, *, world_size: int) -> dict[str, Any]:
-    """What `deepspeed.initialize(config=...)` gets for a run on `world_size` data-parallel ranks.
+    """What `deepspeed.initialize(config=...)` gets for a run on `world_size` ranks, the same on each.
 
+    DeepSpeed shards and averages over data x context ranks and counts one sample for each of them, so its
+    train_batch_size is context times ours; with pipeline stages we run the micro-batches of a step ourselves.
     `[deepspeed]` keys are merged in; those in TUNABLE replace ours. Raises ConfigError that lists every rule
     the configuration breaks, or every key that contradicts a setting (both values are named) and every
     top-level key that DeepSpeed does not know.
@@ -102,11 +113,12 @@ def deepspeed_json(config: RunConfig, *, world_size: int) -> dict[str, Any]:
 
 
 def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
-    train, hidden = config.train, config.model.hidden_size
+    train, parallel = config.train, config.parallel
+    keep_each, keep_together = kept_whole_limits(config)
     return {
-        "train_batch_size": train.global_batch_size,
+        "train_batch_size": train.global_batch_size * parallel.context,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.accumulation_steps(world_size),
+        "gradient_accumulation_steps": train.accumulation_steps(parallel.data_size(world_size)),
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": train.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -114,15 +126,21 @@ def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "zero_optimization": {
-            "stage": config.parallel.zero_stage,
+            "stage": parallel.zero_stage,
             "contiguous_gradients": True,
-            "overlap_comm": True,
+            # A pipeline rank accumulates all micro-batches first: there is nothing to overlap with.
+            "overlap_comm": parallel.pipeline == 1,
             "reduce_scatter": True,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "round_robin_gradients": False,
             "stage3_prefetch_bucket_size": BUCKET_ELEMENTS,
-            "stage3_param_persistence_threshold": 10 * hidden,
+            "stage3_param_persistence_threshold": keep_each,
+            "stage3_model_persistence_threshold": keep_together,
+            "zero_hpz_partition_size": parallel.hpz,
+            "zero_quantized_weights": parallel.quantized_weights,
+            "zero_quantized_gradients": parallel.quantized_gradients,
+            "offload_optimizer": dict(OFFLOAD) if parallel.offload_optimizer else None,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -130,6 +148,12 @@ def _generated(config: RunConfig, world_size: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "dump_state": False,
     }
+
+
+def kept_whole_limits(config: RunConfig) -> tuple[int, int]:
+    """Elements of one parameter, and of all, up to which ZeRO-3 keeps parameters whole in model order."""
+    whole = config.parallel.whole_parameters
+    return (whole, whole) if whole else (10 * config.model.hidden_size, sys.maxsize)
 
 
 def _unknown(extra: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:

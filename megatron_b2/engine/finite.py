@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from megatron_b2.data.batch import Batch
-from megatron_b2.model.model import BaichuanModel
 
 
 class FiniteGuard:
@@ -42,7 +39,7 @@ class FiniteGuard:
 
 
 @torch.no_grad()
-def first_nonfinite_layer(model: BaichuanModel, micro: Sequence[Batch]) -> str | None:
+def first_nonfinite_layer(module: nn.Module, forward: Callable[[], object]) -> str | None:
     """Run the forward pass again and name the first module whose output is not finite, if any.
 
     Every rank must call it (a sharded model gathers weights on the way).
@@ -58,14 +55,11 @@ def first_nonfinite_layer(model: BaichuanModel, micro: Sequence[Batch]) -> str |
 
         return hook
 
-    for name, module in model.named_modules():
+    for name, part in module.named_modules():
         if name:
-            handles.append(module.register_forward_hook(watch(name)))
+            handles.append(part.register_forward_hook(watch(name)))
     try:
-        for batch in micro:
-            model(
-                batch.input_ids, batch.labels, segment_ids=batch.segment_ids, position_ids=batch.position_ids
-            )
+        forward()
     finally:
         for handle in handles:
             handle.remove()

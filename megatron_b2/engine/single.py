@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from megatron_b2.checkpoint.logical import LogicalState, LogicalTensor, Piece
+from megatron_b2.checkpoint.logical import LogicalState
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.engine.base import Engine
 from megatron_b2.model.model import BaichuanModel
+from megatron_b2.engine.sharded_state import whole_state
 from megatron_b2.ops.head_loss import HeadLoss
-from megatron_b2.optim.adamw import MOMENTS, build_adamw, create_state
+from megatron_b2.optim.adamw import build_adamw, create_state
+from megatron_b2.parallel.layout import Layout
 from megatron_b2.parallel.comm import Comm
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def whole(tensor: Tensor, *, write: bool = True) -> LogicalTensor:
-    """A logical tensor that this rank holds completely."""
-    piece = Piece(tensor=tensor.detach(), offsets=(0,) * tensor.dim(), write=write)
-    return LogicalTensor(shape=tuple(tensor.shape), dtype=tensor.dtype, pieces=(piece,))
-
-
-def whole_state(
-    masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, count: Tensor, *, write: bool
-) -> LogicalState:
-    """Logical state of unsharded fp32 weights with AdamW moments and the step count [1]."""
-    state = {f"model/{name}": whole(tensor, write=write) for name, tensor in masters.items()}
-    for key in MOMENTS:
-        for name, tensor in masters.items():
-            state[f"optim/{key}/{name}"] = whole(optimizer.state[tensor][key], write=write)
-    state["optim/step"] = whole(count, write=write)
-    return state
+def run_model(model: nn.Module, batch: Batch, ce_scale: Tensor | float, z_scale: Tensor | float) -> HeadLoss:
+    """Loss sums of one micro-batch through a whole model (or what wraps it)."""
+    loss: HeadLoss = model(
+        batch.input_ids,
+        batch.labels,
+        segment_ids=batch.segment_ids,
+        position_ids=batch.position_ids,
+        ce_scale=ce_scale,
+        z_scale=z_scale,
+    )
+    return loss
 
 
 class SingleEngine(Engine):
@@ -46,7 +43,7 @@ class SingleEngine(Engine):
     """
 
     def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device) -> None:
-        super().__init__(config, comm=comm, device=device)
+        super().__init__(config, comm=comm, device=device, layout=Layout())
         model = BaichuanModel(
             config.model,
             recompute=config.train.recompute,
@@ -64,19 +61,20 @@ class SingleEngine(Engine):
         create_state(self._optimizer, self._masters.values())
         self._count = torch.zeros(1, device=device)
 
-    def _forward(self, batch: Batch, ce_scale: Tensor, z_scale: Tensor) -> HeadLoss:
-        loss: HeadLoss = self.model(
-            batch.input_ids,
-            batch.labels,
-            segment_ids=batch.segment_ids,
-            position_ids=batch.position_ids,
-            ce_scale=ce_scale,
-            z_scale=z_scale,
-        )
-        return loss
+    def _accumulate(self, micro: Sequence[Batch], ce_scale: Tensor, z_scale: Tensor) -> Tensor:
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in micro:
+            out = run_model(self.module, batch, ce_scale, z_scale)
+            out.total.backward()
+            sums += torch.stack([out.ce, out.max_z])
+            self._gradients_to_masters()
+        return sums
 
-    def _backward(self, total: Tensor, *, last: bool) -> None:
-        total.backward()
+    def _evaluate(self, micro: Sequence[Batch]) -> Tensor:
+        outs = [run_model(self.module, batch, 1.0, 0.0) for batch in micro]
+        return torch.stack([torch.stack([out.ce, out.max_z]) for out in outs]).double().sum(dim=0)
+
+    def _gradients_to_masters(self) -> None:
         if self._masters is self._working:
             return
         for name, parameter in self._working.items():
@@ -106,7 +104,10 @@ class SingleEngine(Engine):
     def _discard_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _all_reduce_sum(self, tensor: Tensor) -> Tensor:
+    def _sum_over_batch(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _sum_over_stages(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def logical_state(self) -> LogicalState:

@@ -9,6 +9,7 @@ from megatron_b2.config.schema import ModelConfig
 from megatron_b2.model.attention import Attention, Positions
 from megatron_b2.model.cache import KVCache
 from megatron_b2.model.mlp import MLP
+from megatron_b2.model.split import ModelSplit
 from megatron_b2.ops.rms_norm import rms_norm
 
 
@@ -26,17 +27,25 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); x is a sequence shard under sequence parallelism."""
 
     def __init__(
-        self, config: ModelConfig, *, recompute_core: bool, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        *,
+        split: ModelSplit,
+        recompute_core: bool,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
         h, eps = config.hidden_size, config.norm_eps
         self.input_norm = RMSNorm(h, eps=eps, dtype=dtype, device=device)
-        self.attention = Attention(config, recompute_core=recompute_core, dtype=dtype, device=device)
+        self.attention = Attention(
+            config, split=split, recompute_core=recompute_core, dtype=dtype, device=device
+        )
         self.post_attention_norm = RMSNorm(h, eps=eps, dtype=dtype, device=device)
-        self.mlp = MLP(config, recompute_core=recompute_core, dtype=dtype, device=device)
+        self.mlp = MLP(config, split=split, recompute_core=recompute_core, dtype=dtype, device=device)
 
     def forward(
         self, x: Tensor, positions: Positions, cache: KVCache | None = None, layer: int = 0

@@ -24,5 +24,3 @@ def initial_value(name: str, shape: torch.Size | tuple[int, ...], *, std: float,
     if name == "embedding.weight":
         value[PADDING_ID].zero_()
     return value
-
-

@@ -54,9 +54,7 @@ def filter_logits(
     `top_k` 0 and `top_p` 1 keep everything; `top_p` keeps the smallest set of tokens whose probability
     reaches it. With `temperature` 0 only the repetition penalty applies.
     """
-    check_sampling(
-        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-    )
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
     scores = logits.float()
     if repetition_penalty != 1.0 and previous_ids is not None and previous_ids.numel() > 0:
         scores = _penalize(scores, previous_ids, repetition_penalty)

@@ -1,9 +1,10 @@
 """Causal self-attention with optional ALiBi and packed documents, never holding a [heads, S, S] tensor.
 
-Queries are processed in blocks. A block sees the keys from the first document start among its rows up to
-its own diagonal, so memory is [B, H, block, keys] and work in other documents is skipped. The backward pass
-recomputes each block from the saved log-sum-exp (Dao 2023). The ALiBi bias slope * (key - query) is relative
-and fp32, made inside the block. Plain causal attention over one document uses torch's fused kernel.
+Queries are processed in tiles. A tile sees the keys from the first document start among its rows up to its
+own diagonal, so memory is [B, H, BLOCK, keys] and work in other documents is skipped. The backward pass
+recomputes each tile from the saved log-sum-exp (Dao 2023). The ALiBi bias slope * (key - query) is relative
+and fp32, made inside the tile. Plain causal attention over one document uses torch's fused kernel.
+A tile knows its positions in the whole sequence, so that `context_attention` can work on parts of it.
 
 Shapes: B batch, H heads, D head width, Q queries, K keys; Q <= K and the last query stands at the last key.
 """
@@ -20,16 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Query rows [start, stop) and the keys [first_key, last_key) that they may see."""
-
-    start: int
-    stop: int
-    first_key: int
-    last_key: int
 
 
 @dataclass(frozen=True)
@@ -57,73 +48,117 @@ class Documents:
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
 
-def _blocks(num_queries: int, num_keys: int, documents: Documents | None) -> Iterator[_Block]:
-    offset = num_keys - num_queries
-    for start in range(0, num_queries, BLOCK):
-        stop = min(start + BLOCK, num_queries)
-        first_key = 0 if documents is None else documents.earliest[offset + start]
-        yield _Block(start, stop, first_key, offset + stop)
+@dataclass(frozen=True)
+class Tile:
+    """Some query rows and the consecutive keys that any of them may see."""
+
+    rows: slice
+    keys: slice
+    first_row: int
+    """Position of the first row in the whole sequence."""
+    first_key: int
+    """Position of the first key in the whole sequence."""
 
 
-def _scores(
-    q: Tensor, k: Tensor, block: _Block, slopes: Tensor | None, documents: Documents | None
-) -> Tensor:
-    """Scaled, biased and masked scores of one block, fp32 [B, H, rows, keys]."""
-    offset = k.shape[2] - q.shape[2]
-    q_block = q[:, :, block.start : block.stop].float()
-    k_block = k[:, :, block.first_key : block.last_key].float()
-    scores = torch.matmul(q_block, k_block.transpose(2, 3)).mul_(1.0 / math.sqrt(q.shape[3]))
-    rows = torch.arange(offset + block.start, offset + block.stop, device=q.device).unsqueeze(1)
-    keys = torch.arange(block.first_key, block.last_key, device=q.device).unsqueeze(0)
-    if slopes is not None:
-        scores.addcmul_(slopes.view(1, -1, 1, 1), (keys - rows).float())
-    hidden = keys > rows
-    if documents is not None:
-        row_starts = documents.starts[:, offset + block.start : offset + block.stop]
-        hidden = hidden | (keys < row_starts.unsqueeze(-1))
-        hidden = hidden.unsqueeze(1)
-    return scores.masked_fill_(hidden, -torch.inf)
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a query sees, and with what bias, by their positions in the whole sequence."""
+
+    slopes: Tensor | None
+    """ALiBi slopes, fp32 [H]."""
+    documents: Documents | None
+
+    def tiles(self, num_queries: int, num_keys: int, *, query_start: int, key_start: int) -> Iterator[Tile]:
+        """Tiles, none empty, of queries from position `query_start` on and keys from `key_start` on."""
+        for start in range(0, num_queries, BLOCK):
+            stop = min(start + BLOCK, num_queries)
+            earliest = 0 if self.documents is None else self.documents.earliest[query_start + start]
+            first, last = max(0, earliest - key_start), min(num_keys, query_start + stop - key_start)
+            if first < last:
+                yield Tile(slice(start, stop), slice(first, last), query_start + start, key_start + first)
+
+    def scores(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor:
+        """Scaled, biased and masked scores of one tile, fp32 [B, H, rows, keys]."""
+        q_rows, k_rows = q[:, :, tile.rows].float(), k[:, :, tile.keys].float()
+        scores = torch.matmul(q_rows, k_rows.transpose(2, 3)).mul_(1.0 / math.sqrt(q.shape[3]))
+        last_row, last_key = tile.first_row + q_rows.shape[2], tile.first_key + k_rows.shape[2]
+        rows = torch.arange(tile.first_row, last_row, device=q.device).unsqueeze(1)
+        keys = torch.arange(tile.first_key, last_key, device=q.device).unsqueeze(0)
+        if self.slopes is not None:
+            scores.addcmul_(self.slopes.view(1, -1, 1, 1), (keys - rows).float())
+        if self.documents is not None:
+            row_starts = self.documents.starts[:, tile.first_row : last_row].unsqueeze(-1)
+            scores.masked_fill_(((keys > rows) | (keys < row_starts)).unsqueeze(1), -torch.inf)
+        elif last_key - 1 > tile.first_row:
+            scores.masked_fill_(keys > rows, -torch.inf)
+        return scores
 
 
-class _BlockedAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, documents: Documents | None
+@dataclass(frozen=True)
+class Rows:
+    """What the backward pass knows of the queries."""
+
+    q: Tensor
+    """[B, H, Q, D]."""
+    grad_out: Tensor
+    """[B, H, Q, D]."""
+    lse: Tensor
+    """Log-sum-exp of each query's scores, fp32 [B, H, Q, 1]."""
+    delta: Tensor
+    """Sum of grad_out * out over D, fp32 [B, H, Q, 1]."""
+
+    @classmethod
+    def of(cls, q: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor) -> Rows:
+        """From the result of the forward pass."""
+        return cls(q, grad_out, lse, (grad_out.float() * out.float()).sum(dim=-1, keepdim=True))
+
+    def backward(
+        self, pattern: Pattern, tile: Tile, k: Tensor, v: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> Tensor:
+        """Add one tile's part to grad_k and grad_v, fp32 [B, H, K, D]; return that of q[:, :, tile.rows]."""
+        rows, keys = tile.rows, tile.keys
+        probs = pattern.scores(self.q, k, tile).sub_(self.lse[:, :, rows]).exp_()
+        grad_rows = self.grad_out[:, :, rows]
+        grad_v[:, :, keys].add_(torch.matmul(probs.to(v.dtype).transpose(2, 3), grad_rows))
+        grad_probs = torch.matmul(grad_rows, v[:, :, keys].transpose(2, 3)).float()
+        grad_scores = grad_probs.sub_(self.delta[:, :, rows]).mul_(probs).mul_(1.0 / math.sqrt(k.shape[3]))
+        grad_scores = grad_scores.to(k.dtype)
+        grad_k[:, :, keys].add_(torch.matmul(grad_scores.transpose(2, 3), self.q[:, :, rows]))
+        return torch.matmul(grad_scores, k[:, :, keys])
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        for block in _blocks(q.shape[2], k.shape[2], documents):
-            rows = slice(block.start, block.stop)
-            scores = _scores(q, k, block, slopes, documents)
+        lse = q.new_empty((*q.shape[:3], 1), dtype=torch.float32)
+        for tile in _whole(q, k, pattern):
+            scores = pattern.scores(q, k, tile)
             top = scores.amax(dim=-1, keepdim=True)
             probs = scores.sub_(top).exp_()
             total = probs.sum(dim=-1, keepdim=True)
-            lse[:, :, rows] = (top + total.log()).squeeze(-1)
-            v_block = v[:, :, block.first_key : block.last_key]
-            out[:, :, rows] = torch.matmul(probs.to(v.dtype), v_block).float().div_(total).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, slopes)
-        ctx.documents = documents
+            lse[:, :, tile.rows] = top + total.log()
+            weighted = torch.matmul(probs.to(v.dtype), v[:, :, tile.keys])
+            out[:, :, tile.rows] = weighted.float().div_(total).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pattern = pattern
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse, slopes = ctx.saved_tensors
-        documents = ctx.documents
-        scale = 1.0 / math.sqrt(q.shape[3])
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        rows = Rows.of(q, out, lse, grad_out)
         grad_q = torch.empty_like(q)
         grad_k = torch.zeros_like(k, dtype=torch.float32)
         grad_v = torch.zeros_like(v, dtype=torch.float32)
-        delta = (grad_out.float() * out.float()).sum(dim=-1, keepdim=True)
-        for block in _blocks(q.shape[2], k.shape[2], documents):
-            rows, keys = slice(block.start, block.stop), slice(block.first_key, block.last_key)
-            probs = _scores(q, k, block, slopes, documents).sub_(lse[:, :, rows].unsqueeze(-1)).exp_()
-            grad_rows = grad_out[:, :, rows]
-            grad_v[:, :, keys] += torch.matmul(probs.to(v.dtype).transpose(2, 3), grad_rows)
-            grad_probs = torch.matmul(grad_rows, v[:, :, keys].transpose(2, 3)).float()
-            grad_scores = grad_probs.sub_(delta[:, :, rows]).mul_(probs).mul_(scale).to(q.dtype)
-            grad_q[:, :, rows] = torch.matmul(grad_scores, k[:, :, keys])
-            grad_k[:, :, keys] += torch.matmul(grad_scores.transpose(2, 3), q[:, :, rows])
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None
+        for tile in _whole(q, k, ctx.pattern):
+            grad_q[:, :, tile.rows] = rows.backward(ctx.pattern, tile, k, v, grad_k, grad_v)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def _whole(q: Tensor, k: Tensor, pattern: Pattern) -> Iterator[Tile]:
+    """All tiles of queries that are the last positions of the keys."""
+    return pattern.tiles(q.shape[2], k.shape[2], query_start=k.shape[2] - q.shape[2], key_start=0)
 
 
 def causal_attention(
@@ -145,5 +180,5 @@ def causal_attention(
     if alibi_slopes is None and documents is None and q.shape[2] in (k.shape[2], 1):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
     else:
-        out = _BlockedAttention.apply(q, k, v, alibi_slopes, documents)
+        out = _TiledAttention.apply(q, k, v, Pattern(alibi_slopes, documents))
     return out.transpose(1, 2)

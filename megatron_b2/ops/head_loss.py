@@ -14,9 +14,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_b2.ops.norm_head import EPS, inverse_row_norms
+from megatron_b2.parallel.tensor_parallel import TensorParallel
 
 IGNORE_INDEX = -100
 _CHUNK_ELEMENTS = 12 * 2**20
@@ -43,7 +45,13 @@ def chunk_tokens(vocab_size: int) -> int:
 class _NormHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ce_scale: Tensor, z_scale: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ce_scale: Tensor,
+        z_scale: Tensor,
+        tensor: TensorParallel,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         inverse_norms = inverse_row_norms(weight)
@@ -54,28 +62,32 @@ class _NormHeadLoss(torch.autograd.Function):
         size = min(chunk_tokens(len(weight)), len(hidden))
         buffer = torch.empty(size, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), size):
-            x, target = hidden[start : start + size], labels[start : start + size]
-            counted = target != IGNORE_INDEX
-            target = target.where(counted, 0)
+            x, label = hidden[start : start + size], labels[start : start + size]
+            counted = label != IGNORE_INDEX
+            target = _Column.of(label - tensor.rank * len(weight), len(weight))
             probs = _logits(x, weight, buffer)
-            top, top_index, target_logit, lse = _softmax_(probs, inverse_norms, target)
-            ce += ((lse - target_logit) * counted).sum()
-            max_z += top.square().sum()
+            local = _softmax_(probs, inverse_norms, target)
+            whole = _merge(local, tensor, vocab_rows=len(weight))
+            ce += ((whole.lse - whole.target_logit) * counted).sum()
+            max_z += whole.top.square().sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            ce_grad = (counted * ce_scale).unsqueeze(1)
-            z_grad = (2 * z_scale * top * inverse_norms[top_index]).unsqueeze(1)
-            probs = probs.to(weight.dtype)
             # delta = ce_grad (p - 1_label) + z_grad 1_top: the two single columns are added as rows.
-            label_grad = ce_grad * inverse_norms[target].unsqueeze(1)
-            grad_x = torch.matmul(probs, weight).float().mul_(ce_grad)
-            grad_x.addcmul_(weight[target].float(), label_grad, value=-1)
-            grad_x.addcmul_(weight[top_index].float(), z_grad)
-            grad_hidden[start : start + size] = grad_x
+            ce_grad = counted * ce_scale
+            top = _Column.of(whole.top_index - tensor.rank * len(weight), len(weight))
+            prob_grad = (ce_grad * (local.lse - whole.lse).exp()).unsqueeze(1)
+            columns = (
+                (target.index, target.column_grad(-ce_grad, inverse_norms)),
+                (top.index, top.column_grad(2 * z_scale * whole.top, inverse_norms)),
+            )
+            probs = probs.to(weight.dtype)
+            grad_x = torch.matmul(probs, weight).float().mul_(prob_grad)
             x_fp32 = x.float()
-            _accumulate(grad_weight, probs, (x_fp32 * ce_grad).to(x.dtype))
-            grad_weight.index_add_(0, target, x_fp32 * label_grad, alpha=-1)
-            grad_weight.index_add_(0, top_index, x_fp32 * z_grad)
+            _accumulate(grad_weight, probs, (x_fp32 * prob_grad).to(x.dtype))
+            for index, grad in columns:
+                grad_x.addcmul_(weight[index].float(), grad)
+                grad_weight.index_add_(0, index, x_fp32 * grad)
+            grad_hidden[start : start + size] = grad_x
         if grad_weight is not None:
             _project(grad_weight, weight, inverse_norms)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -83,11 +95,62 @@ class _NormHeadLoss(torch.autograd.Function):
         return ce_scale * ce + z_scale * max_z, ce, max_z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor, *_: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if bool(grad != 1):
             grad_hidden, grad_weight = grad_hidden * grad, grad_weight * grad
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+class _Column(NamedTuple):
+    """One vocabulary column a token, as this rank sees it."""
+
+    index: Tensor
+    """int64 [T], row of the local weight; 0 where another rank holds it."""
+    is_here: Tensor
+    """bool [T]."""
+
+    @classmethod
+    def of(cls, index: Tensor, num_rows: int) -> _Column:
+        is_here = (index >= 0) & (index < num_rows)
+        return cls(index.where(is_here, 0), is_here)
+
+    def column_grad(self, grad: Tensor, inverse_norms: Tensor) -> Tensor:
+        """Gradient [T, 1] of the raw product in this column, zero where another rank holds it."""
+        return (grad * inverse_norms[self.index] * self.is_here).unsqueeze(1)
+
+
+class _Statistics(NamedTuple):
+    """What a token's loss needs of its logits, fp32 [T] each."""
+
+    top: Tensor
+    top_index: Tensor
+    """int64; global vocabulary id, the lowest among ties."""
+    target_logit: Tensor
+    """0 on the ranks that do not hold the label."""
+    lse: Tensor
+
+
+def _merge(local: _Statistics, tensor: TensorParallel, *, vocab_rows: int) -> _Statistics:
+    """Statistics over all vocabulary shards: one all-gather of 16 bytes a token.
+
+    Merged in rank order, so that every rank has the same bits. Ids are below 2^24, exact in fp32.
+    """
+    if tensor.group is None:
+        return local
+    packed = torch.stack(
+        [local.top, local.top_index + tensor.rank * vocab_rows, local.target_logit, local.lse]
+    )
+    gathered = packed.new_empty(tensor.size * len(packed), packed.shape[1])
+    dist.all_gather_single(gathered, packed, group=tensor.group)
+    tops, top_indices, target_logits, lses = gathered.view(tensor.size, *packed.shape).unbind(1)
+    top, first = tops.max(dim=0)
+    top_index = top_indices.gather(0, first.unsqueeze(0)).squeeze(0).long()
+    highest = lses.amax(dim=0)
+    lse = highest + (lses - highest).exp().sum(dim=0).log()
+    return _Statistics(top, top_index, target_logits.sum(dim=0), lse)
 
 
 def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
@@ -98,14 +161,11 @@ def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return rows.copy_(torch.matmul(x, weight.t()))
 
 
-def _softmax_(logits: Tensor, inverse_norms: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn raw products [T, V] into n_v p_v in place, a few cache-sized rows at a time.
-
-    Returns the largest logit, its index, the target's logit and the log-sum-exp, each [T].
-    """
+def _softmax_(logits: Tensor, inverse_norms: Tensor, target: _Column) -> _Statistics:
+    """Turn raw products [T, V] into n_v p_v in place, a few cache-sized rows at a time."""
     parts = []
     rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
-    for block, wanted in zip(logits.split(rows), target.split(rows), strict=True):
+    for block, wanted in zip(logits.split(rows), target.index.split(rows), strict=True):
         block.mul_(inverse_norms)
         top, top_index = block.max(dim=1)
         target_logit = block.gather(1, wanted.unsqueeze(1)).squeeze(1)
@@ -114,7 +174,7 @@ def _softmax_(logits: Tensor, inverse_norms: Tensor, target: Tensor) -> tuple[Te
         block.mul_(inverse_norms)
         parts.append((top, top_index, target_logit, lse))
     top, top_index, target_logit, lse = (torch.cat(column) for column in zip(*parts, strict=True))
-    return top, top_index, target_logit, lse
+    return _Statistics(top, top_index, target_logit * target.is_here, lse)
 
 
 def _accumulate(grad_weight: Tensor, scaled: Tensor, x: Tensor) -> None:
@@ -135,19 +195,27 @@ def _project(grad_weight: Tensor, weight: Tensor, inverse_norms: Tensor) -> None
 
 
 def norm_head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, ce_scale: Tensor | float, z_scale: Tensor | float
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ce_scale: Tensor | float,
+    z_scale: Tensor | float,
+    tensor: TensorParallel | None = None,
 ) -> HeadLoss:
     """Weighted sum of cross-entropy and max-z over tokens, and both sums.
 
     Args:
         hidden: [T, H] final hidden states.
-        weight: [V, H] raw NormHead rows, same dtype.
-        labels: int64 [T]; -100 takes no part in the cross-entropy but does in max-z, as published.
+        weight: [V, H] raw NormHead rows, same dtype; with tensor parallelism rows rank V.. of the vocabulary.
+        labels: int64 [T], the same on every rank of the group; -100 takes no part in the cross-entropy but does in max-z, as published.
         ce_scale: factor of the cross-entropy sum, normally 1 / (targets of the global batch).
         z_scale: factor of the max-z sum, normally max_z_weight / (positions of the global batch).
+        tensor: the ranks that hold the other rows. Losses are the same bits on all; the gradient of `hidden`
+            is this rank's part of the sum.
 
     Returns:
         `HeadLoss`; the gradient of `total` was computed together with it.
     """
     scales = (torch.as_tensor(s, dtype=torch.float32, device=hidden.device) for s in (ce_scale, z_scale))
-    return HeadLoss(*_NormHeadLoss.apply(hidden, weight, labels, *scales))
+    return HeadLoss(*_NormHeadLoss.apply(hidden, weight, labels, *scales, tensor or TensorParallel()))

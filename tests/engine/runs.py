@@ -16,12 +16,18 @@ from megatron_b2.engine.build import build_engine, initialize_engine
 from megatron_b2.parallel.comm import ProcessGroupComm, SingleComm
 
 STEPS, GLOBAL_BATCH, SEQ_LEN, VOCAB = 10, 8, 24, 128
-MAX_LR = 1e-3
+MAX_LR = 5e-4
 
 
-def run_config(*, position: str = "rope", zero: int | None = None, **train: Any) -> RunConfig:
-    """zero is none for the single engine."""
-    parallel = ParallelConfig() if zero is None else ParallelConfig(engine="deepspeed", zero_stage=zero)
+def run_config(
+    *, position: str = "rope", zero: int | None = None, layout: dict[str, Any] | None = None, **train: Any
+) -> RunConfig:
+    """zero is none for the single engine; layout: settings of ParallelConfig."""
+    parallel = (
+        ParallelConfig()
+        if zero is None
+        else ParallelConfig(engine="deepspeed", zero_stage=zero, **(layout or {}))
+    )
     settings = dict(steps=STEPS, global_batch_size=GLOBAL_BATCH, micro_batch_size=2, seed=7) | train
     return RunConfig(
         model=ModelConfig(

@@ -43,6 +43,37 @@ def test_numbers_come_from_the_configuration() -> None:
     assert json.loads(json.dumps(generated)) == generated
 
 
+def test_deepspeed_counts_a_sample_for_each_context_parallel_rank() -> None:
+    config = config_with()
+    layout = replace(config.parallel, tensor=2, context=4, pipeline=2)
+    generated = deepspeed_json(replace(config, parallel=layout), world_size=256)
+    assert generated["gradient_accumulation_steps"] == 1_024 // (256 // 16)
+    # What DeepSpeed checks with the mpu's data-parallel size, data x context.
+    assert generated["train_batch_size"] == 1 * generated["gradient_accumulation_steps"] * (256 // 16 * 4)
+
+
+def test_zero_settings_come_from_the_configuration() -> None:
+    config = config_with()
+    layout = replace(
+        config.parallel,
+        zero_stage=3,
+        hpz=8,
+        quantized_weights=True,
+        quantized_gradients=True,
+        offload_optimizer=True,
+        whole_parameters=1_000_000,
+    )
+    zero = deepspeed_json(replace(config, parallel=layout), world_size=64)["zero_optimization"]
+    assert (zero["zero_hpz_partition_size"], zero["overlap_comm"]) == (8, True)
+    assert (zero["zero_quantized_weights"], zero["zero_quantized_gradients"]) == (True, True)
+    assert zero["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert (
+        zero["stage3_param_persistence_threshold"] == zero["stage3_model_persistence_threshold"] == 1_000_000
+    )
+    with pytest.raises(ConfigError, match=r"offload_optimizer = .* contradicts the generated None"):
+        deepspeed_json(config_with(zero_optimization={"offload_optimizer": {"device": "cpu"}}), world_size=8)
+
+
 def test_is_a_pure_function_that_imports_no_torch() -> None:
     config = config_with(flops_profiler={"enabled": True})
     before = copy.deepcopy(config)
@@ -128,7 +159,16 @@ def test_deepspeed_reads_it_as_meant(precision: Any, stage: Any) -> None:
 
     config = load_config(
         "preset:toy",
-        ["--parallel.engine", "deepspeed", "--train.precision", precision, f"--parallel.zero-stage={stage}"],
+        [
+            *(
+                "--parallel.engine",
+                "deepspeed",
+                "--train.precision",
+                precision,
+                f"--parallel.zero-stage={stage}",
+            ),
+            *("--train.global-batch-size", "16", "--train.micro-batch-size", "8"),
+        ],
     ).config
     generated = deepspeed_json(config, world_size=1)
     read = DeepSpeedConfig(copy.deepcopy(generated))

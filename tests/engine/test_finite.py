@@ -20,10 +20,10 @@ def poisoned_step(config, poison: str) -> tuple[str, bool, list]:
     before = pieces(engine.logical_state())
     if engine.dp_rank == engine.dp_size - 1:
         if poison == "output":
-            module = engine.model.layers[1].mlp
+            module = engine.module.layers["1"].mlp
             handle = module.register_forward_hook(lambda _m, _i, out: out * float("nan"))
         else:
-            handle = engine.model.layers[0].mlp.register_full_backward_hook(
+            handle = engine.module.layers["0"].mlp.register_full_backward_hook(
                 lambda _m, grads, _o: tuple(g * float("inf") for g in grads)
             )
     message = ""

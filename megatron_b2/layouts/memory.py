@@ -1,0 +1,222 @@
+"""Bytes on the device of each pipeline position: the memory model of the layout check and of parallel.auto.
+
+Exact up to padding: parameters, optimizer, and the activations that our modules keep between a forward and
+its backward (tests/layouts/test_memory.py compares them with live tensors). A model: ZeRO-3's gathered
+parameters, buckets, and the working memory of one block. Not counted: allocator fragmentation, CUDA context
+and NCCL buffers, for which RESERVED_SHARE of the device is left free.
+
+Symbols: h hidden, f FFN, H heads, V vocabulary, t tensor, s = t under sequence parallelism else 1, T tokens
+of one micro-batch on one context-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Final, Literal
+
+from megatron_b2.config.schema import RunConfig
+from megatron_b2.engine.deepspeed_config import BUCKET_ELEMENTS, kept_whole_limits
+from megatron_b2.layouts.parameters import LocalParameter, kept_whole, part_parameters
+from megatron_b2.model.split import StageLayers
+from megatron_b2.parallel.layout import Layout
+from megatron_b2.pipeline.schedule import Instruction
+
+GIB: Final = 2**30
+RESERVED_SHARE: Final = 0.10
+"""Of the device, for what is not counted: 8 of 80 GB, the constant that closes the gap between formula and
+measurement on BLOOM's published runs (SCALE.md 4.3)."""
+LIVE_ELEMENTS: Final = 1_000_000_000
+"""Parameters that ZeRO-3 keeps gathered (DeepSpeed's stage3_max_live_parameters)."""
+HEAD_CHUNK_BYTES: Final = 48 * 2**20
+"""fp32 logits in memory at once (ops/head_loss.py); a copy in the working precision comes with it."""
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes of one rank; `parameters` counts elements."""
+
+    parameters: int
+    """Elements of the model that this rank computes with (its tensor-parallel part of its layers)."""
+    weights: int
+    """Working weights; under ZeRO-3 the partition, whole parameters, the hpZ copy and gathered ones."""
+    gradients: int
+    optimizer: int
+    """Two fp32 moments, and fp32 master weights under ZeRO."""
+    activations: int
+    """Kept between forward and backward for every micro-batch in flight."""
+    working: int
+    """One block (or the head) at work, and communication buckets."""
+    host: int
+    """Optimizer on the CPU."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Sizes that the activations of one micro-batch depend on."""
+
+    config: RunConfig
+    layout: Layout
+
+    @property
+    def count(self) -> int:
+        return self.config.train.micro_batch_size * self.config.data.seq_len // self.layout.context
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.config.train.precision == "bf16" else 4
+
+    @property
+    def shards(self) -> int:
+        """Sequence shards between blocks."""
+        return self.layout.tensor if self.config.parallel.sequence_parallel else 1
+
+
+def usable_bytes(config: RunConfig) -> int:
+    """What the parts of `RankMemory` may fill of one device."""
+    return int(config.parallel.memory_gb * GIB * (1 - RESERVED_SHARE))
+
+
+def recompute_of(config: RunConfig, layer: int) -> Recompute:
+    """What the backward pass recomputes of a block."""
+    layers = config.train.recompute_layers
+    return config.train.recompute if not layers or layer in layers else "none"
+
+
+def block_activations(config: RunConfig, layout: Layout, kind: Recompute) -> int:
+    """Bytes that one block keeps of one micro-batch."""
+    tokens, model = _Tokens(config, layout), config.model
+    h, f, t, s = model.hidden_size, model.ffn_hidden_size, layout.tensor, tokens.shards
+    if kind == "full":
+        return tokens.count * tokens.width * h // s
+    # Two residual streams, two gathered norm outputs, qkv and the attention output, gate and up.
+    kept = 2 * h // s + 2 * h + 4 * h // t + 2 * f // t
+    rows = 8 // s
+    if kind == "none":
+        kept += f // t + _attention_copies(config, layout) * h // t
+        rows += 4 * model.num_heads // t
+    return tokens.count * (tokens.width * kept + rows)
+
+
+def _attention_copies(config: RunConfig, layout: Layout) -> int:
+    """Tensors [T, h / t] that attention keeps beside qkv and its output: rotated q and k, or those that
+    context parallelism has moved."""
+    rotated = 2 if config.model.position == "rope" else 0
+    if layout.context == 1:
+        return rotated
+    # Ulysses replaces qkv and keeps its output twice; the ring has its own keys and values and both outputs.
+    return 1 if context_method(config) == "ulysses" else (1 if rotated else 3)
+
+
+def context_method(config: RunConfig) -> Literal["ulysses", "ring"]:
+    """What context_method = "auto" means, as `parallel.context_parallel.resolve_method`."""
+    parallel = config.parallel
+    if parallel.context_method != "auto":
+        return parallel.context_method
+    return "ulysses" if config.model.num_heads // parallel.tensor % parallel.context == 0 else "ring"
+
+
+def part_activations(config: RunConfig, layout: Layout, part: StageLayers) -> int:
+    """Bytes that a virtual stage keeps of one micro-batch: its blocks; the head's input gradient, its norm's
+    input and the finished gradient of its weight."""
+    tokens, model = _Tokens(config, layout), config.model
+    h, t, s = model.hidden_size, layout.tensor, tokens.shards
+    total = sum(block_activations(config, layout, recompute_of(config, layer)) for layer in part.layers)
+    if part.has_head:
+        total += tokens.count * (tokens.width * (h + h // s) + 4 // s)
+        total += tokens.width * model.vocab_size * h // t
+    return total
+
+
+def peak_activations(order: Sequence[Instruction], chunk_bytes: Sequence[int]) -> int:
+    """Largest sum of what micro-batches in flight keep, over a rank's instructions.
+
+    A micro-batch is kept from its forward F to the end of its whole backward B, or of W when it is split.
+    """
+    now = peak = 0
+    for instruction in order:
+        if instruction.kind == "F":
+            now += chunk_bytes[instruction.chunk]
+            peak = max(peak, now)
+        elif instruction.kind in "BW":
+            now -= chunk_bytes[instruction.chunk]
+    return peak
+
+
+def rank_memory(
+    config: RunConfig, layout: Layout, parts: Sequence[StageLayers], order: Sequence[Instruction]
+) -> RankMemory:
+    """Memory of one pipeline rank.
+
+    Args:
+        config: the run.
+        layout: its sizes.
+        parts: the rank's virtual stages, by chunk.
+        order: its instructions.
+    """
+    parameters = [p for part in parts for p in part_parameters(config.model, part, tensor=layout.tensor)]
+    size = sum(parameter.size for parameter in parameters)
+    stage, ranks = _zero_stage(config), layout.data_context
+    width = _Tokens(config, layout).width
+    shard = ceil(size / ranks)
+    gradients = 4 * (shard if stage >= 2 else size)
+    if layout.pipeline > 1 and width == 2:
+        gradients += width * size  # of the micro-batch at work, before it is added to the fp32 sum
+    optimizer = (8 if stage == 0 else 12) * (shard if stage >= 1 else size)
+    offload = config.parallel.offload_optimizer
+    return RankMemory(
+        parameters=size,
+        weights=width * (_zero_3_elements(config, parameters, ranks) if stage == 3 else size),
+        gradients=gradients,
+        optimizer=0 if offload else optimizer,
+        activations=peak_activations(order, [part_activations(config, layout, part) for part in parts]),
+        working=_working(config, layout, parts) + _buckets(stage, size),
+        host=optimizer if offload else 0,
+    )
+
+
+def _zero_stage(config: RunConfig) -> int:
+    return config.parallel.zero_stage if config.parallel.engine == "deepspeed" else 0
+
+
+def _zero_3_elements(config: RunConfig, parameters: Sequence[LocalParameter], ranks: int) -> int:
+    """Elements of parameters on a ZeRO-3 rank: partitions of all, whole ones, hpZ's copy, gathered ones."""
+    each, together = kept_whole_limits(config)
+    size = sum(parameter.size for parameter in parameters)
+    whole = sum(parameter.size for parameter in kept_whole(parameters, each=each, together=together))
+    hpz = config.parallel.hpz
+    second = ceil((size - whole) / hpz) if hpz > 1 else 0
+    return ceil(size / ranks) + whole + second + min(LIVE_ELEMENTS, size - whole)
+
+
+def _buckets(stage: int, size: int) -> int:
+    """fp32 communication buckets: two of ZeRO-2 (one is filled while the other is reduced), else one."""
+    return 0 if stage == 0 else (8 if stage == 2 else 4) * min(BUCKET_ELEMENTS, size)
+
+
+def _working(config: RunConfig, layout: Layout, parts: Sequence[StageLayers]) -> int:
+    """The larger of a block's backward (with what it recomputes) and the head's loss."""
+    tokens, model = _Tokens(config, layout), config.model
+    h, f, t = model.hidden_size, model.ffn_hidden_size, layout.tensor
+    kinds = {recompute_of(config, layer) for part in parts for layer in part.layers}
+    whole = block_activations(config, layout, "none")
+    again = max(
+        0
+        if kind == "none"
+        else whole - (block_activations(config, layout, kind) if kind == "selective" else 0)
+        for kind in kinds or {"none"}
+    )
+    gradients = tokens.count * tokens.width * (2 * h + 3 * f // t)
+    head = 0
+    if any(part.has_head for part in parts):
+        head = 4 * model.vocab_size * h // t + HEAD_CHUNK_BYTES * (4 + tokens.width) // 4
+    return max(again + gradients, head)

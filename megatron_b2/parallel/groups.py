@@ -1,0 +1,52 @@
+"""Process groups of a layout. Every rank creates all groups in the same order, as torch demands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_b2.parallel.layout import Coordinates, GroupKind, Layout
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The groups that this rank belongs to; tp, cp and pp are none if they would have one rank."""
+
+    layout: Layout
+    coordinates: Coordinates
+    tp: ProcessGroup | None
+    """Tensor parallel: ranks that hold the other parts of the same layers."""
+    cp: ProcessGroup | None
+    """Context parallel: ranks that work on the other parts of the same sequences."""
+    pp: ProcessGroup | None
+    """Pipeline: the other stages of the same micro-batches."""
+    data_context: ProcessGroup
+    """Ranks with the same shard of the model; ZeRO and gradient sums work over them."""
+    model: ProcessGroup
+    """Ranks that together hold one copy of the model."""
+
+    @classmethod
+    def create(cls, layout: Layout, *, timeout: timedelta) -> ParallelGroups:
+        """Make the groups of `layout` on an initialised torch.distributed of the same size."""
+        rank = dist.get_rank()
+
+        def make(kind: GroupKind) -> ProcessGroup:
+            mine = None
+            for ranks in layout.groups(kind):
+                group = dist.new_group(ranks, timeout=timeout)
+                mine = group if rank in ranks else mine
+            assert mine is not None
+            return mine
+
+        return cls(
+            layout=layout,
+            coordinates=layout.coordinates(rank),
+            tp=make("tp") if layout.tensor > 1 else None,
+            cp=make("cp") if layout.context > 1 else None,
+            pp=make("pp") if layout.pipeline > 1 else None,
+            data_context=make("data_context"),
+            model=make("model"),
+        )

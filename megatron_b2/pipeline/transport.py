@@ -1,0 +1,105 @@
+"""Sends and receives of one pipeline rank: posted without waiting, waited for when their tensor is needed.
+
+Everything goes through batch_isend_irecv. gloo matches by tag and moves data on its own threads; NCCL ignores
+tags and matches by the order that `plan.py` fixes, on its own stream. A send and the receive that follows it form
+one batch, so that NCCL moves both at once; further receives are batches of their own, so that a tensor that is
+needed soon never waits for one that is needed later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_b2.pipeline.simulate import Message
+
+
+class Transport:
+    """One step's messages of this rank.
+
+    Args:
+        rank: this pipeline rank, which is also its rank in the group.
+        group: the pipeline ranks; none if there is only one.
+        num_stages: virtual stages, for distinct tags.
+        shape: of every activation and gradient.
+        dtype: of every activation and gradient.
+        device: where receives are put.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        group: ProcessGroup | None,
+        num_stages: int,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._rank, self._group, self._num_stages = rank, group, num_stages
+        self._shape, self._dtype, self._device = tuple(shape), dtype, device
+        self._receives: dict[Message, tuple[Any, Tensor]] = {}
+        self._sends: dict[Message, tuple[Any, Tensor]] = {}
+
+    def post(self, send: tuple[Message, Tensor] | None, receives: Sequence[Message]) -> None:
+        """Start a send, then receives; returns at once. The sent tensor must not be changed any more."""
+        batch = []
+        if send is not None:
+            message, tensor = send
+            self._check(message, tensor)
+            batch.append((message, tensor.contiguous()))
+        for message in receives:
+            batch.append((message, torch.empty(self._shape, dtype=self._dtype, device=self._device)))
+            self._start(batch)
+            batch = []
+        self._start(batch)
+
+    def take(self, message: Message) -> Tensor:
+        """The received tensor, once it is there."""
+        work, tensor = self._receives.pop(message)
+        work.wait()
+        return tensor
+
+    def let_go(self, messages: Sequence[Message]) -> None:
+        """Free the tensors of sends that are known to be through."""
+        for message in messages:
+            work, _ = self._sends.pop(message)
+            work.wait()
+
+    def finish(self) -> None:
+        """Wait for the sends that are left."""
+        self.let_go(tuple(self._sends))
+        assert not self._receives, f"received and not used: {list(self._receives)}"
+
+    def _start(self, batch: Sequence[tuple[Message, Tensor]]) -> None:
+        if not batch:
+            return
+        works = dist.batch_isend_irecv([self._operation(message, tensor) for message, tensor in batch])
+        # NCCL returns one handle for the whole batch.
+        if len(works) < len(batch):
+            works = [works[0]] * len(batch)
+        for (message, tensor), work in zip(batch, works, strict=True):
+            pending = self._sends if message.source == self._rank else self._receives
+            pending[message] = (work, tensor)
+
+    def _operation(self, message: Message, tensor: Tensor) -> dist.P2POp:
+        is_send = message.source == self._rank
+        return dist.P2POp(
+            dist.isend if is_send else dist.irecv,
+            tensor,
+            group=self._group,
+            group_peer=message.target if is_send else message.source,
+            tag=2 * (message.micro * self._num_stages + message.stage) + (message.direction == "gradient"),
+        )
+
+    def _check(self, message: Message, tensor: Tensor) -> None:
+        if tuple(tensor.shape) != self._shape or tensor.dtype != self._dtype:
+            raise ValueError(
+                f"{message.describe()} is {tensor.dtype} {list(tensor.shape)}, but the pipeline was told "
+                f"{self._dtype} {list(self._shape)}"
+            )
