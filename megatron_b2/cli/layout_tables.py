@@ -55,7 +55,8 @@ def _print_head(report: LayoutReport, console: Console) -> None:
     table.add_row(
         "a step",
         f"{train.global_batch_size:,} sequences of {config.data.seq_len:,} = "
-        f"{config.tokens_per_step:,} tokens: on each rank {report.num_micro} micro-batches of {train.micro_batch_size}",
+        f"{config.tokens_per_step:,} tokens: on each rank {report.num_micro} micro-batches of "
+        f"{train.micro_batch_size}",
     )
     flops = ", ".join(f"{value / 1e9:.2f} ({name})" for name, value in report.flops_per_token.items())
     table.add_row("GFLOP a token", flops)

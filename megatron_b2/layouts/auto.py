@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Final
+from typing import Final, Literal
 
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import ConfigError
@@ -23,6 +23,8 @@ from megatron_b2.layouts.traffic import micro_batch_traffic, zero_traffic
 from megatron_b2.model.split import StageLayers
 from megatron_b2.parallel.layout import Layout
 from megatron_b2.pipeline.schedule import Schedule
+
+ZeroStage = Literal[1, 2, 3]
 
 PEAK_TFLOPS: Final = 312.0
 """Of a device where train.peak_tflops is not given (A800, bf16)."""
@@ -38,7 +40,7 @@ NETWORK_BANDWIDTH: Final = 20e9
 class Candidate:
     """One way to run: what is chosen, what it needs and what it costs a step."""
 
-    zero_stage: int
+    zero_stage: ZeroStage
     recompute: Recompute
     recompute_layers: tuple[int, ...]
     whole_parameters: int
@@ -121,7 +123,7 @@ class _Search:
     def candidates(self) -> Iterator[Candidate]:
         """The best of every ZeRO stage and way of recomputing; without recomputation only once."""
         parallel = self.config.parallel
-        stages = (1, 2, 3) if self.layout.pipeline == 1 else (1,)
+        stages: tuple[ZeroStage, ...] = (1, 2, 3) if self.layout.pipeline == 1 else (1,)
         if parallel.hpz > 1 or parallel.quantized_weights or parallel.quantized_gradients:
             stages = (3,)
         for stage in stages:
@@ -130,10 +132,10 @@ class _Search:
                 yield plain
             if plain.fits and plain.whole_parameters == (self.num_parameters if stage == 3 else 0):
                 continue  # recomputation could buy nothing
-            for kind in ("selective", "full"):
-                yield from self.recomputing(stage, kind)
+            yield from self.recomputing(stage, "selective")
+            yield from self.recomputing(stage, "full")
 
-    def recomputing(self, stage: int, kind: Recompute) -> Iterator[Candidate]:
+    def recomputing(self, stage: ZeroStage, kind: Recompute) -> Iterator[Candidate]:
         """The least recomputation that fits; under ZeRO-3 also the amount whose cost with whole parameters
         is lowest. What needs least memory if nothing fits."""
         numbers = [self.fewest(stage, kind, rank) for rank in range(self.layout.pipeline)]
@@ -147,10 +149,10 @@ class _Search:
         ]
         yield min(every, key=lambda item: (not item.fits, item.seconds))
 
-    def fewest(self, stage: int, kind: Recompute, rank: int) -> int:
+    def fewest(self, stage: ZeroStage, kind: Recompute, rank: int) -> int:
         """Blocks of a pipeline rank that must recompute; all of them if that is still not enough."""
         total = sum(len(part.layers) for part in self.parts[rank])
-        for number in range(1, total):
+        for number in range(total):
             layers = self.rank_layers(rank)[:number]
             if self.memory(self.written(stage, kind, layers, 0), rank).total <= self.usable:
                 return number
@@ -168,13 +170,14 @@ class _Search:
         low, high = 0, len(prefixes) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if self.candidate(3, item.recompute, item.recompute_layers, prefixes[middle]).fits:
+            config = self.written(3, item.recompute, item.recompute_layers, prefixes[middle])
+            if self.memory(config, 0).total <= self.usable:
                 low = middle
             else:
                 high = middle - 1
         return self.candidate(3, item.recompute, item.recompute_layers, prefixes[low])
 
-    def candidate(self, stage: int, kind: Recompute, layers: tuple[int, ...], whole: int) -> Candidate:
+    def candidate(self, stage: ZeroStage, kind: Recompute, layers: tuple[int, ...], whole: int) -> Candidate:
         """Memory and cost of one choice."""
         kind = kind if layers else "none"
         config = self.written(stage, kind, layers, whole)
@@ -196,9 +199,8 @@ class _Search:
         """Of one pipeline rank."""
         return rank_memory(config, self.layout, self.parts[rank], self.schedule[rank])
 
-    def written(self, stage: int, kind: Recompute, layers: Sequence[int], whole: int) -> RunConfig:
+    def written(self, stage: ZeroStage, kind: Recompute, layers: Sequence[int], whole: int) -> RunConfig:
         """The configuration with a choice written in."""
-        assert stage in (1, 2, 3)
         config = self.config
         every = len(layers) == config.model.num_layers
         train = replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from megatron_b2.config.schema import ModelConfig
@@ -32,6 +33,7 @@ class LocalParameter:
         return int(rest.split(".")[0]) if is_block else None
 
 
+@lru_cache(maxsize=64)
 def part_parameters(model: ModelConfig, part: StageLayers, *, tensor: int) -> tuple[LocalParameter, ...]:
     """The parameters of one rank, in the order of the model (DeepSpeed walks them in it)."""
     h, f, v = model.hidden_size, model.ffn_hidden_size, model.vocab_size

@@ -147,38 +147,28 @@ def _context_traffic(config: RunConfig, layout: Layout, part: StageLayers) -> li
     unit = sizes.hidden_bytes // layout.tensor
     kinds = [recompute_of(config, layer) for layer in part.layers]
     full, selective, layers = kinds.count("full"), kinds.count("selective"), len(kinds)
-    base = {"group": "cp", "size": layout.context}
+
+    def make(purpose: str, operation: Operation, count: int, size: int) -> Traffic:
+        return Traffic(
+            purpose=purpose, group="cp", size=layout.context, operation=operation, count=count, bytes=size
+        )
+
     if context_method(config) == "ulysses":
+        again = (4 * full + 3 * selective) * unit
         return [
-            Traffic(
-                **base, purpose="attention", operation="all_to_all", count=4 * layers, bytes=8 * unit * layers
-            ),
-            Traffic(
-                **base,
-                purpose="recomputed attention",
-                operation="all_to_all",
-                count=2 * full + selective,
-                bytes=(4 * full + 3 * selective) * unit,
-            ),
+            make("attention", "all_to_all", 4 * layers, 8 * unit * layers),
+            make("recomputed attention", "all_to_all", 2 * full + selective, again),
         ]
     # The rank before the last sends most: every shard it has seen goes on, with its gradient behind it.
     sends = layout.context - 1
     gradient = 2 * unit * 4 // sizes.width
-    ring = Traffic(
-        **base,
-        purpose="attention",
-        operation="send",
-        count=3 * sends * layers,
-        bytes=sends * layers * (4 * unit + gradient),
-        exact=not config.data.document_masking,
-    )
-    again = replace(
-        ring,
-        purpose="recomputed attention",
-        count=sends * (full + selective),
-        bytes=sends * (full + selective) * 2 * unit,
-    )
-    return [ring, again]
+    recomputed = sends * (full + selective)
+    found = [
+        make("attention", "send", 3 * sends * layers, sends * layers * (4 * unit + gradient)),
+        make("recomputed attention", "send", recomputed, recomputed * 2 * unit),
+    ]
+    # Documents hide shards, which are then not sent.
+    return [replace(item, exact=not config.data.document_masking) for item in found]
 
 
 def pipeline_traffic(config: RunConfig, layout: Layout, *, rank: int, num_micro: int) -> list[Traffic]:

@@ -1,6 +1,6 @@
 """Where this rank is: the trail that the watchdog publishes and a report of a hang shows.
 
-Setting a breadcrumb is one small object and one attribute (about a microsecond), so every operation that may
+Setting a breadcrumb is one small object and one attribute (a microsecond or two), so every operation that may
 wait for another rank can have one. Nothing here knows of threads or of other ranks.
 """
 
@@ -97,7 +97,8 @@ class Operation:
         )
 
     def __enter__(self) -> None:
-        self._crumbs.current = self._inside._replace(progress=self._crumbs.current.progress + 1)
+        step, micro, name, peers, patient, _ = self._inside
+        self._crumbs.current = Crumb(step, micro, name, peers, patient, self._crumbs.current.progress + 1)
 
     def __exit__(
         self,
@@ -106,4 +107,5 @@ class Operation:
         traceback: TracebackType | None,
     ) -> None:
         if error_type is None:
-            self._crumbs.current = self._before._replace(progress=self._crumbs.current.progress + 1)
+            step, micro, name, peers, patient, _ = self._before
+            self._crumbs.current = Crumb(step, micro, name, peers, patient, self._crumbs.current.progress + 1)

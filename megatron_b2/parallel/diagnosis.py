@@ -133,7 +133,7 @@ def summary(diagnosis: Diagnosis, states: Sequence[RankState]) -> str:
     blamed = {culprit.rank for culprit in culprits}
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for state in states:
-        if state.rank not in blamed and state.fate == "running":
+        if state.rank not in blamed and state.fate in ("running", "failed"):
             key = (state.crumb.text(), diagnosis.missing.get(state.rank, ()))
             groups.setdefault(key, []).append(state.rank)
     largest = sorted(groups.items(), key=lambda item: -len(item[1]))
@@ -249,10 +249,10 @@ def _furthest_behind(states: Sequence[RankState]) -> set[int]:
 def _describe(state: RankState, fault: Fault, *, now: float) -> str:
     place = state.crumb.text()
     if fault == "died":
-        return f"{state.name} died: {state.error}; it was in {place}"
+        return f"{state.name} died: {state.error}; it was last known in {place}"
     if fault == "silent":
         silence = state.error or f"has been silent for {now - state.heard:.1f} s: {SILENCE}"
-        return f"{state.name} {silence}; it was in {place}"
+        return f"{state.name} {silence}; it was last known in {place}"
     if fault == "failed":
         return f"{state.name} failed: {state.error}; it was in {place}"
     frames = f" at {state.frames}" if state.frames else ""

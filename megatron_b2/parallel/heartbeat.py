@@ -10,6 +10,7 @@ of an hour otherwise. The lines are JSON objects with a `kind`; a connection sta
 from __future__ import annotations
 
 import json
+import resource
 import secrets
 import selectors
 import socket
@@ -136,6 +137,17 @@ class Beater(threading.Thread):
         self.decided = threading.Event()
         """Set once there is a verdict, after `on_verdict` returned."""
 
+    def run(self) -> None:
+        try:
+            self.watch()
+        except Exception as error:  # a fault of our own must not be silent either
+            self.alarm(0)
+            self.on_verdict(Verdict(f"the watchdog itself failed: {error!r}"))
+
+    def watch(self) -> None:
+        """Body of the thread."""
+        raise NotImplementedError
+
     def leave(self, error: str | None) -> None:
         """Say goodbye, or report an error and wait until it is known who is to blame."""
         raise NotImplementedError
@@ -158,7 +170,7 @@ class Member(Beater):
         self._channel.send("hello", rank=self.rank, token=token)
         self._leaving = self._done = False
 
-    def run(self) -> None:
+    def watch(self) -> None:
         heard = beat = time.monotonic()
         poll = selectors.DefaultSelector()
         poll.register(self._channel.sock, selectors.EVENT_READ)
@@ -221,6 +233,7 @@ class Monitor(Beater):
         self.states: list[RankState] = []
         self.diagnosis: Diagnosis | None = None
         """Set with the verdict."""
+        allow_open_files(world_size)
         self._listener = listen(bind, backlog=world_size)
         self._channels: dict[int, Channel] = {}
         self._selector = selectors.DefaultSelector()
@@ -241,7 +254,7 @@ class Monitor(Beater):
         """The ranks of the run, before the thread starts."""
         self.states = list(states)
 
-    def run(self) -> None:
+    def watch(self) -> None:
         tick = before = time.monotonic()
         while not self._leaving:
             for key, _ in self._selector.select(max(0.0, min(tick, self._decide_at) - time.monotonic())):
@@ -273,7 +286,10 @@ class Monitor(Beater):
         self.decided.wait(ERROR_GRACE_SECONDS + 3 * SETTLE_SECONDS)
 
     def _accept(self, listener: socket.socket) -> None:
-        sock, _ = listener.accept()
+        try:
+            sock, _ = listener.accept()
+        except OSError:  # gone again; without a free file descriptor that rank stays silent, and is named
+            return
         channel = Channel(sock, send_seconds=self.interval)
         self._selector.register(sock, selectors.EVENT_READ, lambda _: self._greet(channel))
 
@@ -393,6 +409,14 @@ def listen(bind: str, *, backlog: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", 0), backlog=backlog)
+
+
+def allow_open_files(more: int) -> None:
+    """Raise the soft limit of open files of this process, as far as the hard limit lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(hard, soft + more)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def answer(witness: Witness, crumb: Crumb) -> Message:

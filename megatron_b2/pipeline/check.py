@@ -1,19 +1,19 @@
 """Prove a schedule and its communication right without running it.
 
-`check_schedule` raises at the first violation and reports what the schedule costs. It holds for every schedule of
-the package (tests/pipeline/test_check.py runs all legal sizes) and works on hand-written ones.
+`check_schedule` raises at the first violation and reports what the schedule costs. It holds for every
+schedule of the package (tests/pipeline/test_check.py runs all legal sizes) and works on hand-written ones.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_b2.pipeline.plan import RankPlan, plan_communication
+from megatron_b2.pipeline.plan import Channels, RankPlan, channel, plan_communication
 from megatron_b2.pipeline.schedule import Instruction, Schedule
-from megatron_b2.pipeline.simulate import Durations, Message, ScheduleError, Stages, simulate, stuck
+from megatron_b2.pipeline.simulate import Durations, Message, ScheduleError, simulate, stuck
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ def check_schedule(
 ) -> ScheduleReport:
     """Check everything that can be known before running.
 
-    Each micro-batch goes forward and back through each chunk exactly once and in this order; every send has its
-    receive, in the same order on both ranks; no rank waits for ever, neither with transfers that buffer nor with
-    transfers that run one after the other and wait for their other end.
+    Each micro-batch goes forward and back through each chunk exactly once and in this order; every send has
+    its receive, in the same order on both ranks; no rank waits for ever, neither with transfers that buffer
+    nor with transfers that run one after the other and wait for their other end.
 
     Args:
         schedule: the instructions of every rank.
@@ -56,9 +56,10 @@ def check_schedule(
     for rank, order in enumerate(schedule):
         _check_rank(rank, order, num_micro=num_micro, num_chunks=num_chunks)
     timeline = simulate(schedule, durations)
-    plans = plan_communication(schedule)
-    num_messages = _check_matching(plans)
-    _check_rendezvous(plans)
+    one_channel = plan_communication(schedule, channels=1)
+    check_plans(one_channel, channels=1)
+    plans = plan_communication(schedule, channels=2)
+    num_messages = check_plans(plans, channels=2)
     busy = sum(Fraction(timeline.busy(rank)) for rank in range(len(schedule)))
     return ScheduleReport(
         peak_in_flight=tuple(_peak_in_flight(order) for order in schedule),
@@ -97,9 +98,16 @@ def transfers(plan: RankPlan) -> list[Message]:
     return order
 
 
-def _check_matching(plans: Sequence[RankPlan]) -> int:
-    """Every message is sent once and received once, and any two ranks post what is between them in one order."""
-    between: dict[tuple[int, int], list[list[Message]]] = {}
+def check_plans(plans: Sequence[RankPlan], *, channels: Channels) -> int:
+    """Check communication alone, also of schedules without backward; returns the number of messages."""
+    num_messages = _check_matching(plans, channels)
+    _check_rendezvous(plans, channels)
+    return num_messages
+
+
+def _check_matching(plans: Sequence[RankPlan], channels: Channels) -> int:
+    """Every message is sent once and received once, and two ranks post what is between them in one order."""
+    between: dict[tuple[int, int, int], list[list[Message]]] = {}
     for rank, plan in enumerate(plans):
         posted = transfers(plan)
         twice = [message for message, count in Counter(posted).items() if count > 1]
@@ -109,9 +117,11 @@ def _check_matching(plans: Sequence[RankPlan]) -> int:
             if rank not in (message.source, message.target):
                 raise ScheduleError(f"rank {rank} has no part in the {message.describe()}")
             low, high = sorted((message.source, message.target))
-            between.setdefault((low, high), [[], []])[rank == high].append(message)
+            between.setdefault((low, high, channel(message, channels)), [[], []])[rank == high].append(
+                message
+            )
         _check_deliveries(rank, plan)
-    for (low, high), (first, second) in between.items():
+    for (low, high, _), (first, second) in between.items():
         if first != second:
             a, b = next(
                 pair for pair in zip([*first, None], [*second, None], strict=False) if pair[0] != pair[1]
@@ -135,12 +145,31 @@ def _check_deliveries(rank: int, plan: RankPlan) -> None:
             sends.add(step.makes)
 
 
-def _check_rendezvous(plans: Sequence[RankPlan]) -> None:
-    """Play the plans on the strictest transport: a rank's transfers run one after the other in the order of
-    posting, and each waits until both ends are first in line. A send lets go only when it is through."""
-    queues: list[deque[Message]] = [deque(plan.receives) for plan in plans]
+def _check_rendezvous(plans: Sequence[RankPlan], channels: Channels) -> None:
+    """Play the plans on the strictest transport: the transfers of a rank's channel run one after the other in
+    the order of posting, and each waits until both ends are first in line."""
+    queues: list[list[deque[Message]]] = [[deque() for _ in range(channels)] for _ in plans]
     position = [0] * len(plans)
     through: set[Message] = set()
+
+    def post(rank: int, messages: Iterable[Message]) -> None:
+        for message in messages:
+            queues[rank][channel(message, channels)].append(message)
+
+    def transfer(rank: int, key: int) -> Iterator[int]:
+        """Peers with which transfers are through now."""
+        mine = queues[rank][key]
+        while mine:
+            peer = mine[0].source + mine[0].target - rank
+            theirs = queues[peer][key]
+            if not theirs or theirs[0] != mine[0]:
+                break
+            through.add(mine.popleft())
+            theirs.popleft()
+            yield peer
+
+    for rank, plan in enumerate(plans):
+        post(rank, plan.receives)
     runnable = deque(range(len(plans)))
     while runnable:
         rank = runnable.popleft()
@@ -150,20 +179,19 @@ def _check_rendezvous(plans: Sequence[RankPlan]) -> None:
             if step.needs is not None and step.needs not in through:
                 break
             _check_gone(rank, step.delivered, through)
-            queues[rank].extend([step.makes] if step.makes is not None else [])
-            queues[rank].extend(step.receives)
+            post(rank, [] if step.makes is None else [step.makes])
+            post(rank, step.receives)
             position[rank] += 1
-        while queues[rank]:
-            message = queues[rank][0]
-            peer = message.source + message.target - rank
-            if not queues[peer] or queues[peer][0] != message:
-                break
-            queues[rank].popleft()
-            queues[peer].popleft()
-            through.add(message)
-            runnable.extend((rank, peer))
-    if any(queues):
-        heads = {queue[0]: rank for rank, queue in enumerate(queues) if queue}
+        peers = [peer for key in range(channels) for peer in transfer(rank, key)]
+        runnable.extend({*peers, rank} if peers else ())
+    _check_finished(plans, position, queues)
+
+
+def _check_finished(
+    plans: Sequence[RankPlan], position: Sequence[int], queues: Sequence[Sequence[deque[Message]]]
+) -> None:
+    heads = {queue[0]: rank for rank, own in enumerate(queues) for queue in own if queue}
+    if heads:
         raise ScheduleError(f"deadlock of transfers: {stuck(heads)}")
     waiting = {
         need: rank

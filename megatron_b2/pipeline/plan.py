@@ -1,21 +1,27 @@
 """When each rank posts its sends and receives, so that no transport can make the ranks wait for each other.
 
-All messages get one global order: that of a simulation of the schedule. Every rank posts its sends and receives
-in this order, each send right after the computation that makes it, and each receive as early as the order
-allows. A message depends only on messages before it, so the smallest one that is not through has both ends
-posted, first in line, on whatever rank: that is free of deadlock even when a rank's transfers run strictly one
-after the other and a send waits for its receive, as on one NCCL stream (`check.py` plays exactly that). The
-order is fixed before the step, so real durations cannot break it.
+All messages get one global order: that of a simulation of the schedule. On each channel (process group) a
+rank posts its sends and receives in this order: each send right after the computation that makes it, each
+receive as early as the order allows. A message depends only on messages before it, so the smallest one that
+is not through has both ends posted and first in line, on whatever rank. That is free of deadlock even when
+the transfers of a channel run strictly one after the other and a send waits for its receive, as on an NCCL
+stream (`check.py` plays exactly that). The order is fixed before the step, so real durations cannot break it.
+
+Activations and gradients have a channel each: then a receive waits behind sends of its own direction only,
+and is posted at least one computation ahead in the steady state of every schedule.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Literal
 
 from megatron_b2.pipeline.schedule import Instruction, Schedule
 from megatron_b2.pipeline.simulate import Message, Stages, Time, simulate
+
+Channels = Literal[1, 2]
+"""Ordered transports that a rank has: one for all messages, or one for each direction."""
 
 LOOKAHEAD = 4
 """Instructions by which a receive is posted ahead of its use at most: it bounds the buffers."""
@@ -53,8 +59,13 @@ class _Ends:
     used_at: int
 
 
-def plan_communication(schedule: Schedule) -> tuple[RankPlan, ...]:
+def plan_communication(schedule: Schedule, *, channels: Channels = 2) -> tuple[RankPlan, ...]:
     """The plan of every rank.
+
+    Args:
+        schedule: the instructions of every rank.
+        channels: 2 if activations and gradients cannot block each other, as on two process groups or on any
+            transport that matches by tag; 1 if all transfers of a rank run in one order.
 
     Raises:
         ScheduleError: the schedule deadlocks.
@@ -68,21 +79,28 @@ def plan_communication(schedule: Schedule) -> tuple[RankPlan, ...]:
         by_rank[message.target].append(message)
     delivered = _deliveries(messages, ends, num_ranks=stages.num_ranks)
     return tuple(
-        _rank_plan(rank, order, by_rank[rank], ends, delivered[rank], stages)
+        _rank_plan(rank, order, by_rank[rank], ends, delivered[rank], stages, channels)
         for rank, order in enumerate(schedule)
     )
 
 
+def channel(message: Message, channels: Channels) -> int:
+    """Channel of a message, 0-based."""
+    return int(channels == 2 and message.direction == "gradient")
+
+
 def _global_order(schedule: Schedule, stages: Stages) -> list[Message]:
-    """Messages by the time at which they are made."""
+    """Messages by the time at which they are made; of those made at once, the ones for earlier stages on the
+    way (last stages for gradients) first, so that a rank posts the next receive before its send."""
     spans = simulate(schedule).spans
-    made: list[tuple[Time, Message]] = []
+    made: list[tuple[Time, int, Message]] = []
     for rank, order in enumerate(schedule):
         for instruction, (_, end) in zip(order, spans[rank], strict=True):
             message = stages.makes(instruction, rank)
             if message is not None:
-                made.append((end, message))
-    return [message for _, message in sorted(made)]
+                place = message.stage if message.direction == "activation" else -message.stage
+                made.append((end, place, message))
+    return [message for _, _, message in sorted(made)]
 
 
 def _find_ends(schedule: Schedule, stages: Stages) -> dict[Message, _Ends]:
@@ -128,26 +146,30 @@ def _rank_plan(
     ends: dict[Message, _Ends],
     delivered: dict[int, list[Message]],
     stages: Stages,
+    channels: Channels,
 ) -> RankPlan:
-    slots = _receive_slots(rank, messages, ends)
-    receives = {
-        slot: tuple(m for m, _ in pairs) for slot, pairs in groupby(slots.items(), key=lambda kv: kv[1])
-    }
+    slots: dict[Message, int] = {}
+    for key in range(channels):
+        slots |= _receive_slots(rank, [m for m in messages if channel(m, channels) == key], ends)
+    receives: dict[int, list[Message]] = {}
+    for message in messages:
+        if message in slots:
+            receives.setdefault(slots[message], []).append(message)
     steps = tuple(
         Step(
             instruction=instruction,
             needs=stages.needs(instruction, rank),
             delivered=tuple(delivered.get(index, ())),
             makes=stages.makes(instruction, rank),
-            receives=receives.get(index, ()),
+            receives=tuple(receives.get(index, ())),
         )
         for index, instruction in enumerate(order)
     )
-    return RankPlan(receives=receives.get(-1, ()), steps=steps)
+    return RankPlan(receives=tuple(receives.get(-1, ())), steps=steps)
 
 
 def _receive_slots(rank: int, messages: Sequence[Message], ends: dict[Message, _Ends]) -> dict[Message, int]:
-    """Instruction after which each receive is posted, -1 for the start; in the order of posting.
+    """Instruction after which each receive of a channel is posted, -1 for the start; in the order of posting.
 
     Not before the last send that precedes it in the global order, and no more than LOOKAHEAD ahead of its use
     where the next send leaves room.

@@ -1,10 +1,10 @@
-"""Executes any schedule on one pipeline rank. Knows neither the model nor the engine, and never scales gradients.
+"""Executes any schedule on one pipeline rank. Knows neither model nor engine, and never scales gradients.
 
     runner = PipelineRunner(schedule="1f1b", rank=..., num_ranks=..., group=..., dtype=..., device=...)
     losses = runner.run(forward, num_micro=8, shape=(micro_batch, sequence, hidden))
 
-`forward(chunk, micro, x)` computes a stage: from x, the activation of the stage before (none for the first one),
-the activation for the next stage, or on the last stage the scalar to call backward on.
+`forward(chunk, micro, x)` computes a stage: from x, the activation of the stage before (none for the first
+stage), the activation for the next stage, or on the last stage the scalar to call backward on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup
 
 from megatron_b2.errors import ConfigError
-from megatron_b2.pipeline.plan import RankPlan, Step, plan_communication
+from megatron_b2.pipeline.plan import Channels, RankPlan, Step, plan_communication
 from megatron_b2.pipeline.schedule import Instruction, Schedule, ScheduleName, build_schedule, forward_only
 from megatron_b2.pipeline.simulate import Message, Stages
 from megatron_b2.pipeline.split_backward import SplitBackward
@@ -43,7 +43,8 @@ class Progress:
     def describe(self) -> str:
         """For messages to people."""
         kind = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
-        text = f"{kind[self.instruction.kind]} of micro-batch {self.instruction.micro}, chunk {self.instruction.chunk}"
+        name, micro, chunk = self.instruction
+        text = f"{kind[name]} of micro-batch {micro}, chunk {chunk}"
         if self.waits_for is None:
             return f"computes the {text}"
         return f"waits, for the {text}, for the {self.waits_for.describe()}"
@@ -67,10 +68,12 @@ class PipelineRunner:
         rank: this pipeline rank, which must also be its rank in the group.
         num_ranks: pipeline ranks.
         group: the pipeline ranks; none if there is only one.
+        gradient_group: the same ranks in a second group, for gradients. With NCCL it is what lets activations
+            and gradients overtake each other; gloo matches by tag and needs none.
         dtype: of activations.
         device: where this rank computes.
-        split_backward: false lets "zero_bubble" compute both gradients at I and nothing at W. Right for stages
-            that recompute whole blocks, which would recompute once a pass.
+        split_backward: false lets "zero_bubble" compute both gradients at I and nothing at W. Right for
+            stages that recompute whole blocks, which would recompute once a pass.
 
     Raises:
         ConfigError: the ranks of the group were given different settings.
@@ -85,6 +88,7 @@ class PipelineRunner:
         group: ProcessGroup | None,
         dtype: torch.dtype,
         device: torch.device,
+        gradient_group: ProcessGroup | None = None,
         num_chunks: int = 1,
         split_backward: bool = True,
     ) -> None:
@@ -93,14 +97,20 @@ class PipelineRunner:
                 f"{num_ranks} pipeline ranks need {'no' if num_ranks == 1 else 'a'} process group"
             )
         self._schedule, self._stages = schedule, Stages(num_ranks, num_chunks)
-        self._rank, self._group, self._split_backward = rank, group, split_backward
+        self._rank, self._split_backward = rank, split_backward
         self._dtype, self._device = dtype, device
         self._plans: dict[tuple[str, int], RankPlan] = {}
         self.progress: Progress | None = None
         """What this rank does now; none outside a run."""
+        self._groups: tuple[ProcessGroup, ProcessGroup] | None = None
+        self._channels: Channels = 2
         if group is not None:
-            # Also NCCL's first collective, which must be one of all ranks.
-            _require_agreement((schedule, num_ranks, num_chunks, str(dtype)), group)
+            self._groups = (group, gradient_group or group)
+            if gradient_group is None and dist.get_backend(group) == "nccl":
+                self._channels = 1
+            # Also NCCL's first operation on each group, which must be a collective of all its ranks.
+            for each in dict.fromkeys(self._groups):
+                _require_agreement((schedule, num_ranks, num_chunks, str(dtype)), each)
 
     def run(
         self,
@@ -139,7 +149,7 @@ class PipelineRunner:
             schedule: Schedule = (
                 forward_only(**sizes) if name == "forward_only" else build_schedule(self._schedule, **sizes)
             )
-            self._plans[key] = plan_communication(schedule)[self._rank]
+            self._plans[key] = plan_communication(schedule, channels=self._channels)[self._rank]
         return self._plans[key]
 
     def _run(
@@ -153,7 +163,7 @@ class PipelineRunner:
     ) -> list[Tensor]:
         transport = Transport(
             rank=self._rank,
-            group=self._group,
+            groups=self._groups,
             num_stages=self._stages.count,
             shape=shape,
             dtype=self._dtype,
@@ -246,6 +256,6 @@ def _require_agreement(settings: tuple[object, ...], group: ProcessGroup) -> Non
     for rank, others in enumerate(everyone):
         if others != everyone[0]:
             raise ConfigError(
-                f"pipeline rank {rank} has (schedule, ranks, chunks, dtype) = {others}, rank 0 has {everyone[0]}; "
-                "start all ranks with the same configuration"
+                f"pipeline rank {rank} has (schedule, ranks, chunks, dtype) = {others}, rank 0 has "
+                f"{everyone[0]}; start all ranks with the same configuration"
             )

@@ -1,8 +1,8 @@
 """Pipeline schedules as pure instruction lists: what each rank computes, in which order.
 
-A schedule says nothing about communication: `plan.py` derives it, `check.py` proves both, `runner.py` executes
-them. Chunk c of rank r is virtual stage c * num_ranks + r, so consecutive stages are on consecutive ranks and
-the last rank hands over to the first one when there are several chunks.
+A schedule says nothing about communication: `plan.py` derives it, `check.py` proves both, `runner.py`
+executes them. Chunk c of rank r is virtual stage c * num_ranks + r, so consecutive stages are on consecutive
+ranks and the last rank hands over to the first one when there are several chunks.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def schedule_problem(
             return f'schedule "interleaved" needs 2 or more chunks a rank, not {num_chunks}; use "1f1b" for 1'
         if num_micro % num_ranks:
             return (
-                f'schedule "interleaved" runs micro-batches in rounds of {num_ranks} (one a pipeline rank), which '
-                f"do not divide {num_micro} micro-batches; make the number of micro-batches a multiple of "
-                f"{num_ranks}"
+                f'schedule "interleaved" runs micro-batches in rounds of {num_ranks} (one a pipeline rank), '
+                f"which do not divide {num_micro} micro-batches; make the number of micro-batches a multiple "
+                f"of {num_ranks}"
             )
     elif num_chunks != 1:
         return f'schedule "{name}" has 1 chunk a rank, not {num_chunks}; use "interleaved" for more'
     if num_micro < num_ranks:
         return (
-            f"{num_micro} micro-batches are fewer than {num_ranks} pipeline ranks, so ranks would always idle; "
-            f"use {num_ranks} or more micro-batches, or fewer pipeline ranks"
+            f"{num_micro} micro-batches are fewer than {num_ranks} pipeline ranks, so ranks would always "
+            f"idle; use {num_ranks} or more micro-batches, or fewer pipeline ranks"
         )
     return None
 
@@ -89,8 +89,9 @@ def gpipe(num_micro: int) -> tuple[Instruction, ...]:
 
 
 def one_f_one_b(rank: int, num_ranks: int, num_micro: int) -> tuple[Instruction, ...]:
-    """Forwards until the first gradient can arrive, then one forward and one backward in turn (PipeDream-Flush,
-    Narayanan et al. 2021): the bubble of GPipe with at most num_ranks - rank micro-batches in flight."""
+    """Forwards until the first gradient can arrive, then one forward and one backward in turn
+    (PipeDream-Flush, Narayanan et al. 2021): the bubble of GPipe with at most num_ranks - rank micro-batches
+    in flight."""
     warmup = min(num_ranks - rank - 1, num_micro)
     order = [Instruction("F", micro) for micro in range(warmup)]
     for micro in range(num_micro):
@@ -153,7 +154,8 @@ def forward_only(*, num_ranks: int, num_micro: int, num_chunks: int = 1) -> Sche
 
 def ideal_bubble(name: ScheduleName, *, num_ranks: int, num_micro: int, num_chunks: int = 1) -> Fraction:
     """Idle time of a rank over its computing time, when stages are equal, B = I + W, F = I = W and sending
-    takes no time: (p - 1) / m for GPipe and 1F1B, (p - 1) / (v m) interleaved, (p - 1) / (3 m) zero-bubble."""
+    takes no time: (p - 1) / m for GPipe and 1F1B, (p - 1) / (v m) interleaved, (p - 1) / (3 m)
+    zero-bubble."""
     parts = {"interleaved": num_chunks, "zero_bubble": 3}.get(name, 1)
     return Fraction(num_ranks - 1, parts * num_micro)
 

@@ -1,15 +1,16 @@
 """Backward in two passes: first the gradient of a stage's input, later the gradients of its parameters.
 
-The autograd graph is cut where parameters join the path from the input to the output. The first pass runs that
-path only and keeps, at each joint (the product of a linear layer, the operation of a norm), the gradient that
-arrives there; the second pass runs each joint again towards its parameters only. A linear layer therefore does
-each of its two backward products exactly once, and collectives, which stand on the path, run once, in the first
-pass. The idea is that of torch.distributed.pipelining and of Qi et al. 2024.
+The autograd graph is cut where parameters join the path from the input to the output. The first pass runs
+that path only and keeps, at each joint (the product of a linear layer, the operation of a norm), the gradient
+that arrives there; the second pass runs each joint again towards its parameters only. A linear layer
+therefore does each of its two backward products exactly once, and collectives, which stand on the path, run
+once, in the first pass. The idea is that of torch.distributed.pipelining and of Qi et al. 2024.
 
-Gradients are the same bits as those of an ordinary backward, and go through AccumulateGrad: `.grad` is added to
-and hooks on parameters fire once a micro-batch. Three limits: an operation that makes both gradients at once (a
-custom Function such as RMSNorm) runs its backward twice; a hook on an intermediate tensor may see its gradient
-twice; non-reentrant checkpoints recompute in every pass, so stages that recompute whole blocks should not split.
+Gradients are the same bits as those of an ordinary backward, and go through AccumulateGrad: `.grad` is added
+to and hooks on parameters fire once a micro-batch. Three limits: an operation that makes both gradients at
+once (a custom Function such as RMSNorm) runs its backward twice; a hook on an intermediate tensor may see its
+gradient twice; non-reentrant checkpoints recompute in every pass, so stages that recompute whole blocks
+should not split.
 """
 
 from __future__ import annotations

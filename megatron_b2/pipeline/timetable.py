@@ -29,9 +29,7 @@ MAX_LABELS = 1_200
 """Boxes beyond which micro-batch numbers would not be legible and are left out."""
 
 
-def draw_timetable(
-    schedule: Schedule, path: Path, *, title: str, durations: Durations | None = None
-) -> Path:
+def draw_timetable(schedule: Schedule, path: Path, *, title: str, durations: Durations | None = None) -> Path:
     """Simulate a schedule and draw one row a rank into the PNG `path`, replaced as a whole.
 
     Each box is an instruction with its micro-batch; white is the bubble.
@@ -46,7 +44,8 @@ def draw_timetable(
             [(start, end - start) for start, end in spans],
             (rank - 0.45, 0.9),
             facecolors=[
-                (MEANING[instruction.kind][1], 1 - 0.6 * instruction.chunk / num_chunks) for instruction in order
+                (MEANING[instruction.kind][1], 1 - 0.6 * instruction.chunk / num_chunks)
+                for instruction in order
             ],
             edgecolor="white",
             linewidth=0.4,
@@ -55,9 +54,7 @@ def draw_timetable(
             for instruction, (start, end) in zip(order, spans, strict=True):
                 label = str(instruction.micro)
                 axes.text((start + end) / 2, rank, label, ha="center", va="center", fontsize=6)
-    idle = 1 - sum(timeline.busy(rank) for rank in range(len(schedule))) / (
-        timeline.makespan * len(schedule)
-    )
+    idle = 1 - sum(timeline.busy(rank) for rank in range(len(schedule))) / (timeline.makespan * len(schedule))
     axes.set_title(f"{title}: {100 * idle:.1f} % of the time is bubble", fontsize=10)
     axes.set_xlabel("time (forward of one stage = 1)" if durations is None else "time")
     axes.set_ylabel("pipeline rank")

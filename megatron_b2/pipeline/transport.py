@@ -1,9 +1,9 @@
 """Sends and receives of one pipeline rank: posted without waiting, waited for when their tensor is needed.
 
 Everything goes through batch_isend_irecv. gloo matches by tag and moves data on its own threads; NCCL ignores
-tags and matches by the order that `plan.py` fixes, on its own stream. A send and the receive that follows it form
-one batch, so that NCCL moves both at once; further receives are batches of their own, so that a tensor that is
-needed soon never waits for one that is needed later.
+tags and matches by the order that `plan.py` fixes, on a stream of its own for each group. A send and the
+receive that follows it on the same group form one batch, so that NCCL moves both at once; further receives
+are batches of their own, so that a tensor that is needed soon never waits for one that is needed later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Transport:
 
     Args:
         rank: this pipeline rank, which is also its rank in the group.
-        group: the pipeline ranks; none if there is only one.
+        groups: the pipeline ranks, for activations and for gradients; none if there is only one rank.
         num_stages: virtual stages, for distinct tags.
         shape: of every activation and gradient.
         dtype: of every activation and gradient.
@@ -35,13 +35,13 @@ class Transport:
         self,
         *,
         rank: int,
-        group: ProcessGroup | None,
+        groups: tuple[ProcessGroup, ProcessGroup] | None,
         num_stages: int,
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._rank, self._group, self._num_stages = rank, group, num_stages
+        self._rank, self._groups, self._num_stages = rank, groups, num_stages
         self._shape, self._dtype, self._device = tuple(shape), dtype, device
         self._receives: dict[Message, tuple[Any, Tensor]] = {}
         self._sends: dict[Message, tuple[Any, Tensor]] = {}
@@ -54,6 +54,9 @@ class Transport:
             self._check(message, tensor)
             batch.append((message, tensor.contiguous()))
         for message in receives:
+            if batch and self._group(batch[0][0]) is not self._group(message):
+                self._start(batch)
+                batch = []
             batch.append((message, torch.empty(self._shape, dtype=self._dtype, device=self._device)))
             self._start(batch)
             batch = []
@@ -87,12 +90,16 @@ class Transport:
             pending = self._sends if message.source == self._rank else self._receives
             pending[message] = (work, tensor)
 
+    def _group(self, message: Message) -> ProcessGroup:
+        assert self._groups is not None
+        return self._groups[message.direction == "gradient"]
+
     def _operation(self, message: Message, tensor: Tensor) -> dist.P2POp:
         is_send = message.source == self._rank
         return dist.P2POp(
             dist.isend if is_send else dist.irecv,
             tensor,
-            group=self._group,
+            group=self._group(message),
             group_peer=message.target if is_send else message.source,
             tag=2 * (message.micro * self._num_stages + message.stage) + (message.direction == "gradient"),
         )

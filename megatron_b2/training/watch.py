@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +66,9 @@ class WatchCallback(Callback):
         self._resume(event)
 
     def run_end(self, event: StepEvent) -> None:
-        """Pictures and summary are made."""
+        """Pictures and summary are made; after an error the position stays where it happened."""
+        if sys.exception() is not None:
+            return
         self.watchdog.crumbs.mark("end of the run", step=event.step, patient=True)
 
     def _resume(self, event: StepEvent) -> None:

@@ -116,7 +116,7 @@ def test_command_reports_every_problem_at_once(capsys: pytest.CaptureFixture[str
         "2",
     )
     assert status == 2
-    assert "6 configuration errors" in err
+    assert "3 configuration errors" in err
     assert "1000 ranks is not a multiple of" in err
     assert "model.num_heads = 40 is not a multiple of parallel.tensor = 16" in err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import signal
 import socket
 import time
@@ -24,7 +25,7 @@ from megatron_b2.parallel.diagnosis import (
     summary,
     table,
 )
-from megatron_b2.parallel.heartbeat import answer, read_answer
+from megatron_b2.parallel.heartbeat import Monitor, Witness, allow_open_files, answer, read_answer
 from megatron_b2.parallel.launch import LOOPBACK
 from megatron_b2.parallel.watchdog import EXIT_WATCHDOG, REPORT_FILE, Watchdog
 from tests.dist.support import ERROR, Ranks
@@ -166,8 +167,6 @@ def test_a_thousand_ranks_are_judged_fast_and_told_briefly() -> None:
 
 
 def answer_of(collectives: list[Collective]) -> dict[str, object]:
-    from megatron_b2.parallel.heartbeat import Witness
-
     message = answer(Witness(lambda: collectives, lambda: ""), Crumb())
     assert len(str(message)) < 300
     return message
@@ -181,6 +180,55 @@ def test_a_whole_host_is_recognised() -> None:
 
 def test_spans() -> None:
     assert spans([7, 0, 1, 2, 3, 3]) == "0-3, 7"
+
+
+# Many connections.
+
+
+def test_a_thousand_connections() -> None:
+    """A monitor hears 1,023 members a round; the end of one connection reaches all the others."""
+    size = 1_024
+    crumbs, verdicts = Breadcrumbs(), []
+    monitor = Monitor(
+        bind=LOOPBACK,
+        world_size=size,
+        rank=0,
+        crumbs=crumbs,
+        witness=Witness(list, str),
+        limits=Limits(60, 60),
+        interval=0.5,
+        alarm=lambda _: None,
+        on_verdict=verdicts.append,
+    )
+    now = time.monotonic()
+    monitor.expect([RankState(rank=rank, host="n", pid=rank, heard=now, moved=now) for rank in range(size)])
+    allow_open_files(size)
+    members = [socket.create_connection((LOOPBACK, monitor.port)) for _ in range(1, size)]
+    monitor.start()
+    for rank, member in enumerate(members, 1):
+        hello = json.dumps({"kind": "hello", "rank": rank, "token": monitor.token})
+        beat = json.dumps({"kind": "beat", "crumb": Crumb(step=9, progress=rank)})
+        member.sendall(f"{hello}\n{beat}\n".encode())
+    for member in members:
+        assert b"heard" in member.recv(100)
+    assert all(state.crumb.step == 9 for state in monitor.states[1:])
+    members[0].settimeout(30)
+    before, rounds = time.process_time(), 5
+    for number in range(rounds):
+        for member in members:
+            member.sendall(json.dumps({"kind": "beat", "crumb": Crumb(progress=number)}).encode() + b"\n")
+        for member in members:
+            assert b"heard" in member.recv(100)
+    assert (time.process_time() - before) / rounds < 1.0  # measured 0.05 s, both ends
+    members[699].close()
+    with members[0].makefile() as lines:
+        told = next(line for line in lines if "verdict" in line)
+    assert "rank 700 (n, pid 700) died" in told
+    members[0].close()
+    for member in members[1:]:
+        member.close()
+    assert monitor.decided.wait(10)
+    assert "died" in verdicts[0].text
 
 
 # Real processes.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -50,7 +51,9 @@ COVERING = (1, 2, 3, 4, 5, 8, 11, 16)
 
 def is_covering(size: tuple[str, int, int, int]) -> bool:
     _, ranks, micro, _ = size
-    return ranks in COVERING and micro in (ranks, ranks + 1, 2 * ranks, 3 * ranks, 33) and micro * ranks <= 400
+    return (
+        ranks in COVERING and micro in (ranks, ranks + 1, 2 * ranks, 3 * ranks, 33) and micro * ranks <= 400
+    )
 
 
 def test_proofs_hold_for_a_covering_subset() -> None:
@@ -85,10 +88,10 @@ def test_the_closed_forms() -> None:
 @pytest.mark.parametrize(("ranks", "micro", "chunks"), [(1, 3, 1), (4, 1, 1), (4, 9, 2), (16, 64, 4)])
 def test_forward_only_plans_are_free_of_deadlock(ranks: int, micro: int, chunks: int) -> None:
     schedule = forward_only(num_ranks=ranks, num_micro=micro, num_chunks=chunks)
-    plans = plan_communication(schedule)
-    check._check_rendezvous(plans)
-    assert check._check_matching(plans) == micro * (ranks * chunks - 1)
-    assert max(check._peak_receives(plan) for plan in plans) <= LOOKAHEAD + 2
+    for channels in (1, 2):
+        plans = plan_communication(schedule, channels=channels)
+        assert check.check_plans(plans, channels=channels) == micro * (ranks * chunks - 1)
+        assert max(check._peak_receives(plan) for plan in plans) <= LOOKAHEAD + 2
 
 
 @pytest.mark.parametrize(
@@ -142,19 +145,13 @@ def test_a_deadlock_is_seen_and_names_the_ranks() -> None:
     )
 
 
-def changed(plan: RankPlan, change: Callable[[dict], None]) -> RankPlan:
-    fields = {"receives": plan.receives, "steps": list(plan.steps)}
-    change(fields)
-    return RankPlan(tuple(fields["receives"]), tuple(fields["steps"]))
-
-
 def test_a_receive_that_is_posted_late_or_never_is_seen() -> None:
     plans = list(plan_communication(build_schedule("1f1b", num_ranks=2, num_micro=4)))
     without = RankPlan((), plans[1].steps)
     with pytest.raises(ScheduleError, match="rank 1 uses before it posts the activation of micro-batch 0"):
-        check._check_matching([plans[0], without])
+        check._check_matching([plans[0], without], 2)
     with pytest.raises(ScheduleError, match="deadlock"):
-        check._check_rendezvous([plans[0], without])
+        check._check_rendezvous([plans[0], without], 2)
 
 
 def test_transfers_in_crossed_order_are_seen() -> None:
@@ -162,42 +159,42 @@ def test_transfers_in_crossed_order_are_seen() -> None:
     first, second, *rest = plans[1].receives
     crossed = RankPlan((second, first, *rest), plans[1].steps)
     with pytest.raises(ScheduleError, match="ranks 0 and 1 post in different orders"):
-        check._check_matching([plans[0], crossed])
+        check._check_matching([plans[0], crossed], 2)
     with pytest.raises(ScheduleError, match="deadlock of transfers"):
-        check._check_rendezvous([plans[0], crossed])
+        check._check_rendezvous([plans[0], crossed], 2)
 
 
-def test_sends_before_receives_on_both_sides_deadlock_on_a_strict_transport() -> None:
-    """What Megatron's paired calls avoid, and what a tagged transport would hide: our order has none of it."""
-    schedule = build_schedule("1f1b", num_ranks=4, num_micro=8)
-    for plan in plan_communication(schedule):
-        posted = transfers(plan)
-        assert len(set(posted)) == len(posted)
-    naive = []
-    for plan in plan_communication(schedule):
-        late = [plan.receives, *(step.receives for step in plan.steps)]
-        everything = [message for messages in late for message in messages]
+def test_posting_receives_only_when_needed_deadlocks_on_one_ordered_channel() -> None:
+    """The mistake that a tagged transport hides: both neighbours send first and receive afterwards."""
+    plans = plan_communication(build_schedule("1f1b", num_ranks=4, num_micro=8), channels=1)
+    lazy = []
+    for plan in plans:
+        needs = [() if step.needs is None else (step.needs,) for step in plan.steps]
         steps = tuple(
-            type(step)(step.instruction, step.needs, (), step.makes, tuple(m for m in everything if m == need))
-            for step, need in zip(plan.steps, [s.needs for s in plan.steps[1:]] + [None], strict=True)
+            replace(step, receives=later, delivered=())
+            for step, later in zip(plan.steps, [*needs[1:], ()], strict=True)
         )
-        naive.append(RankPlan(tuple(m for m in everything if m == plan.steps[0].needs), steps))
-    with pytest.raises(ScheduleError):
-        check._check_rendezvous(naive)
+        lazy.append(RankPlan(needs[0], steps))
+    assert sum(map(len, map(transfers, lazy))) == sum(map(len, map(transfers, plans)))
+    with pytest.raises(ScheduleError, match=r"deadlock of transfers|different orders"):
+        check.check_plans(lazy, channels=1)
+
+
+def computations_ahead(plan: RankPlan) -> list[int]:
+    """For each receive, how many computations lie between posting and use."""
+    posted = dict.fromkeys(plan.receives, -1)
+    posted |= {m: index for index, step in enumerate(plan.steps) for m in step.receives}
+    return [index - posted[step.needs] - 1 for index, step in enumerate(plan.steps) if step.needs is not None]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_most_receives_are_posted_a_whole_instruction_ahead(name: str) -> None:
-    """So that a transfer overlaps with a computation whenever the schedule leaves one in between."""
+def test_receives_are_posted_a_computation_ahead(name: str) -> None:
+    """So that a transfer overlaps with it."""
     sizes = {"num_ranks": 4, "num_micro": 16, "num_chunks": 2 if name == "interleaved" else 1}
     for plan in plan_communication(build_schedule(name, **sizes)):
-        posted = dict.fromkeys(plan.receives, -1)
-        posted |= {m: index for index, step in enumerate(plan.steps) for m in step.receives}
-        ahead = [
-            index - posted[step.needs] for index, step in enumerate(plan.steps) if step.needs is not None
-        ]
-        assert min(ahead) >= 1
-        assert sum(distance >= 2 for distance in ahead) >= 0.5 * len(ahead)
+        ahead = computations_ahead(plan)
+        assert min(ahead) >= 0
+        assert sum(count >= 1 for count in ahead) >= 0.75 * len(ahead)
 
 
 def test_sends_are_let_go_long_before_the_end() -> None:

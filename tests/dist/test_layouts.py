@@ -1,0 +1,203 @@
+"""The layout matrix, golden parity under tensor, pipeline and context parallelism, resharding, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_b2.checkpoint.store import CheckpointReader
+from megatron_b2.config.schema import ParallelConfig, RunConfig
+from megatron_b2.data.batch import Batch
+from megatron_b2.engine import deepspeed as _preloaded  # noqa: F401 (imported once, before the forks)
+from megatron_b2.engine.build import build_engine, fill_weights
+from megatron_b2.parallel.comm import ProcessGroupComm
+from megatron_b2.testing import layouts
+from megatron_b2.testing.fork import run_ranks
+from megatron_b2.training.metrics import read_metrics
+from tests.dist.test_resume import StopAfter, rank_run
+from tests.golden_model import load_golden
+from tests.training.runs import run, run_config, write_data
+
+LEGAL = layouts.legal_cases()
+COVERING = layouts.covering_cases(LEGAL, seed=0)
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, layouts.Trace]:
+    return {s: layouts.trace_run(layouts.reference_config(s, seed=0)) for s in ("7b", "13b")}
+
+
+def check(case: layouts.Case, references: dict[str, layouts.Trace]) -> None:
+    result = layouts.compare(case, references[case.style], seed=0)
+    assert result.passed, result.failure or result
+
+
+@pytest.mark.parametrize("case", COVERING, ids=lambda case: case.name.replace(" ", "-"))
+def test_covering_layouts_equal_one_process(case: layouts.Case, references: dict[str, layouts.Trace]) -> None:
+    check(case, references)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [case for case in LEGAL if case not in COVERING], ids=lambda case: case.name.replace(" ", "-")
+)
+def test_every_legal_layout_equals_one_process(
+    case: layouts.Case, references: dict[str, layouts.Trace]
+) -> None:
+    check(case, references)
+
+
+def test_the_covering_subset_has_every_pair_of_values() -> None:
+    def pairs(cases: list[layouts.Case]) -> set[Any]:
+        return set().union(*(layouts._pairs(case) for case in cases))
+
+    assert pairs(COVERING) == pairs(LEGAL)
+
+
+def golden_gradients(style: str, layout: dict[str, Any]) -> tuple[float, list[Any]]:
+    """The published loss and gradients through a whole engine step: AdamW's first moment is 0.1 of them."""
+    golden = load_golden(style)
+    ids = golden.tensors["input_ids"]
+    config = replace(
+        layouts.reference_config("7b", seed=0),
+        model=golden.config,
+        parallel=ParallelConfig(engine="deepspeed", zero_stage=1, **layout),
+    )
+    # The last label does not exist: one padding position makes 24 of 23, so that the sequence can be split.
+    labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    positions = torch.arange(ids.shape[1], dtype=torch.int32).expand_as(ids)
+    batch = Batch(ids, labels, torch.zeros_like(positions), positions)
+    config = replace(
+        config,
+        data=replace(config.data, seq_len=ids.shape[1]),
+        optim=replace(config.optim, grad_clip=0.0),
+        train=replace(config.train, global_batch_size=2, micro_batch_size=1, max_z_weight=0.0),
+    )
+    engine = build_engine(config, comm=ProcessGroupComm(), device=torch.device("cpu"))
+    weight = golden.named("w")
+    fill_weights(engine.logical_state(), lambda name, _shape: weight(name))
+    engine.state_loaded()
+    rows = [Batch(*(getattr(batch, f)[i : i + 1] for f in Batch.__dataclass_fields__)) for i in (0, 1)]
+    out = engine.train_step(rows, lr=0.0, step=1)
+    state = engine.logical_state()
+    moments = {
+        name.removeprefix("optim/exp_avg/"): [(p.offsets, p.tensor / 0.1) for p in tensor.pieces if p.write]
+        for name, tensor in state.items()
+        if name.startswith("optim/exp_avg/")
+    }
+    return float(out.ce), [moments]
+
+
+GOLDEN_LAYOUTS = [
+    ("7b", 2, {"tensor": 2}),
+    ("7b", 4, {"tensor": 4}),
+    ("7b", 2, {"tensor": 2, "sequence_parallel": True}),
+    ("7b", 4, {"tensor": 4, "sequence_parallel": True}),
+    ("7b", 2, {"pipeline": 2}),
+    ("13b", 2, {"pipeline": 2}),
+    ("7b", 2, {"context": 2}),
+    ("13b", 2, {"context": 2}),
+]
+
+
+@pytest.mark.parametrize(("style", "ranks", "layout"), GOLDEN_LAYOUTS)
+def test_golden_gradients_in_every_kind_of_layout(style: str, ranks: int, layout: dict[str, Any]) -> None:
+    """Cross-entropy and all gradients; the reference is autograd of the published formula on one process."""
+    from tests.model.test_golden import golden_model
+
+    golden = load_golden(style)
+    model, ids = golden_model(golden), golden.tensors["input_ids"]
+    count = ids[:, 1:].numel()
+    model(ids[:, :-1], ids[:, 1:], ce_scale=1 / count).total.backward()
+    results = run_ranks(ranks, golden_gradients, style, layout)
+    for ce, _ in results:
+        assert abs(ce - float(golden.tensors["ce"])) < 2e-5
+    reference = {name: [((0,) * p.dim(), p.grad)] for name, p in model.named_parameters()}
+    differences = layouts._differences([moments for _, (moments,) in results], reference)
+    assert max(differences.values()) < 2e-5, differences
+
+
+@pytest.mark.parametrize("tensor", [2, 4, 8])
+def test_40_alibi_heads_over_tensor_parallel_ranks(tensor: int, references: dict[str, layouts.Trace]) -> None:
+    case = layouts.Case("13b", tensor, 1, 1, 1, False, 1, False, "1f1b")
+    check(case, references)
+
+
+RESHARD_TO: list[tuple[str, int, dict[str, Any] | None]] = [
+    ("tp1 zero3 dp4", 4, {"zero_stage": 3}),
+    ("tp4 pp1", 4, {"zero_stage": 1, "tensor": 4}),
+    ("pp4", 4, {"zero_stage": 1, "pipeline": 4}),
+    ("single", 1, None),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "parallel"), RESHARD_TO, ids=[name for name, _, _ in RESHARD_TO])
+def test_a_checkpoint_of_one_layout_continues_in_another(
+    tmp_path: Path, name: str, ranks: int, parallel: dict[str, Any] | None
+) -> None:
+    """10 steps at TP2 x PP2 x DP2 ZeRO-1, then 10 more elsewhere, against 20 uninterrupted on one process."""
+    prefix = write_data(tmp_path, documents=200)
+
+    def config(folder: str, parallel: dict[str, Any]) -> RunConfig:
+        return run_config(
+            tmp_path / folder,
+            prefix,
+            model={"hidden_size": 32, "num_layers": 4, "num_heads": 4},
+            train={"steps": 20, "global_batch_size": 8, "micro_batch_size": 1},
+            optim={"max_lr": 3e-4},
+            parallel=parallel,
+            checkpoint={"interval": 20},
+        )
+
+    straight = config("straight", {})
+    run(straight)
+    first = config("resharded", {"engine": "deepspeed", "zero_stage": 1, "tensor": 2, "pipeline": 2})
+    run_ranks(8, rank_run, first, StopAfter(10), timeout=240)
+    if parallel is None:
+        run(replace(first, parallel=ParallelConfig()))
+    else:
+        second = replace(first, parallel=ParallelConfig(engine="deepspeed", **parallel))
+        run_ranks(ranks, rank_run, second, timeout=240)
+    assert_same_run(first, straight)
+
+
+def assert_same_run(found: RunConfig, expected: RunConfig) -> None:
+    """Metrics of all steps and the final state, to 1e-5."""
+
+    def trace(config: RunConfig) -> Tensor:
+        lines = [r for r in read_metrics(Path(config.output_dir) / "metrics.jsonl") if r["kind"] == "train"]
+        return torch.tensor(
+            [[line[k] for k in ("step", "loss", "ce", "max_z", "grad_norm")] for line in lines]
+        )
+
+    torch.testing.assert_close(trace(found), trace(expected), atol=1e-5, rtol=1e-5)
+    readers: list[Callable[[str], Tensor]] = []
+    for config in (found, expected):
+        step = Path(config.output_dir) / "checkpoints" / f"step_{config.train.steps:08d}"
+        readers.append(CheckpointReader(step).read)
+    for name in CheckpointReader(step).names():
+        torch.testing.assert_close(*(read(name) for read in readers), atol=1e-5, rtol=0)
+
+
+def test_bf16_with_pipeline_and_tensor_parallelism(references: dict[str, layouts.Trace]) -> None:
+    case = layouts.Case("7b", 2, 2, 2, 1, True, 1, False, "1f1b")
+    config = case.config(seed=0)
+    traces = run_ranks(8, layouts.trace_run, replace(config, train=replace(config.train, precision="bf16")))
+    for trace in traces:
+        difference = ((trace.steps - references["7b"].steps) / references["7b"].steps).abs()
+        assert difference[:, :2].max() < 2e-3
+        assert difference[:, 3].max() < 2e-2
+
+
+def test_illegal_layouts_are_refused_before_anything_runs() -> None:
+    illegal = [case for case in layouts.cases() if layouts.refusals(case)]
+    assert len(illegal) + len(LEGAL) >= len(list(layouts.cases())) - 8  # single-rank cases are neither
+    pipeline_zero_3 = [c for c in layouts.cases() if c.pipeline > 1 and c.zero_stage > 1]
+    assert pipeline_zero_3
+    assert all(layouts.refusals(case) for case in pipeline_zero_3)
