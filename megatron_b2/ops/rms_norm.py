@@ -25,7 +25,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         normed = x.float() * rstd
         grad_fp32 = grad.float()
-        grad_weight = torch.einsum("th,th->h", grad_fp32.flatten(0, -2), normed.flatten(0, -2))
+        grad_weight = (grad_fp32 * normed).flatten(0, -2).sum(dim=0)
         grad_normed = grad_fp32 * weight.float()
         inner = (grad_normed * normed).mean(-1, keepdim=True)
         grad_x = torch.addcmul(grad_normed, normed, inner, value=-1).mul_(rstd)
