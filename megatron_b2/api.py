@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_b2.checkpoint.hf_names import hf_tensors
 from megatron_b2.checkpoint.logical import LogicalTensor, Piece
-from megatron_b2.checkpoint.weights import MODEL, load_weights, open_weights
+from megatron_b2.checkpoint.weights import DTYPES, MODEL, load_weights, open_weights
 from megatron_b2.config.schema import ModelConfig
 from megatron_b2.errors import InputError
 from megatron_b2.model.cache import KVCache
@@ -40,18 +40,25 @@ class Loss(NamedTuple):
     """Square of the largest logit, over all shifted positions."""
 
 
-def load(path: Path | str, dtype: DType = "float32", *, device: torch.device | str = "cpu") -> LoadedModel:
+def load(
+    path: Path | str,
+    dtype: DType = "float32",
+    *,
+    device: torch.device | str = "cpu",
+    verify: bool = True,
+) -> LoadedModel:
     """Open one of our checkpoints (or a run folder: its newest) or a Hugging Face folder of either size.
 
     Args:
         path: the folder.
         dtype: of weights and activations.
         device: where the model computes.
+        verify: hash every file of one of our checkpoints first; false trusts the disk and starts sooner.
 
     Raises:
-        CheckpointError: the folder holds no model, or what it holds does not fit its configuration.
+        CheckpointError: the folder holds no model, is damaged, or does not fit its configuration.
     """
-    source = open_weights(path)
+    source = open_weights(path, verify=verify)
     model = BaichuanModel(source.config, dtype=_dtype(dtype), device=device)
     state = {
         MODEL + name: LogicalTensor(tuple(p.shape), p.dtype, (Piece(p.detach(), (0,) * p.dim()),))
@@ -77,10 +84,11 @@ class LoadedModel:
 
         Args:
             input_ids: [S] or [B, S].
-            segment_ids: integer [B, S], non-decreasing; positions of different segments do not see each other
-                and positions restart in each.
+            segment_ids: integer, the shape of input_ids, non-decreasing along S; positions of different
+                segments do not see each other and positions restart in each.
         """
-        return self.model.logits(self._ids(input_ids), segment_ids=self._segments(segment_ids))
+        ids = self._ids(input_ids)
+        return self.model.logits(ids, segment_ids=self._segments(segment_ids, ids))
 
     def loss(
         self,
@@ -98,14 +106,14 @@ class LoadedModel:
             max_z_weight: factor of max_z in `total`.
         """
         ids = self._ids(input_ids)
-        targets = torch.as_tensor(labels, device=ids.device).view_as(ids)[:, 1:]
+        targets = self._like_ids(labels, ids, what="labels")[:, 1:]
         if ids.shape[1] < 2:
             raise InputError(
                 f"the loss needs at least 2 tokens a row, got input_ids of shape {list(ids.shape)}"
             )
         counted = targets != IGNORE_INDEX
         self._check_range(targets[counted], "labels")
-        segments = self._segments(segment_ids)
+        segments = self._segments(segment_ids, ids)
         num_targets, num_positions = max(1, int(counted.sum())), targets.numel()
         out = self.model(
             ids[:, :-1],
@@ -226,11 +234,29 @@ class LoadedModel:
         self._check_range(ids, "input_ids")
         return ids
 
-    def _segments(self, segment_ids: Tensor | None) -> Tensor | None:
+    def _segments(self, segment_ids: Tensor | None, ids: Tensor) -> Tensor | None:
         if segment_ids is None:
             return None
-        segments = torch.as_tensor(segment_ids, device=self.model.head.weight.device)
-        return segments.unsqueeze(0) if segments.dim() == 1 else segments
+        segments = self._like_ids(segment_ids, ids, what="segment_ids")
+        falls = (segments.diff(dim=1) < 0).nonzero()
+        if len(falls):
+            row, column = falls[0].tolist()
+            raise InputError(
+                f"segment_ids must not decrease, but row {row} goes from {int(segments[row, column])} to "
+                f"{int(segments[row, column + 1])} at position {column + 1}: number documents 0, 1, 2, ..."
+            )
+        return segments
+
+    def _like_ids(self, values: Tensor | Sequence[Any], ids: Tensor, *, what: str) -> Tensor:
+        tensor = torch.as_tensor(values, device=ids.device)
+        tensor = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+        if tensor.shape != ids.shape or tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{what} of shape {list(tensor.shape)} and type {kind} must be integers of the shape of "
+                f"input_ids, {list(ids.shape)}: give one a token"
+            )
+        return tensor
 
     def _check_range(self, ids: Tensor, what: str) -> None:
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size):
@@ -241,7 +267,6 @@ class LoadedModel:
 
 
 def _dtype(name: DType) -> torch.dtype:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise InputError(f"dtype {name!r} is not known: use one of {', '.join(known)}")
-    return known[name]
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is not known: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]

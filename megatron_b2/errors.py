@@ -26,6 +26,10 @@ class InputError(B2Error, ValueError):
     """An input record, corpus file or argument is malformed."""
 
 
+class OutputError(B2Error, RuntimeError):
+    """An output cannot be written: the disk refuses it, or something is in its place."""
+
+
 class DataError(B2Error, ValueError):
     """A tokenized data set (.bin/.idx, manifest) is damaged or does not fit the run."""
 

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import megatron_b2
-from megatron_b2.checkpoint.hf import export_hf
+from megatron_b2.checkpoint.hf import export_hf, import_hf
 from megatron_b2.checkpoint.weights import open_weights
-from megatron_b2.errors import InputError
+from megatron_b2.errors import CheckpointError, InputError
+from tests.checkpoint.support import flip
 from tests.golden_model import STYLES, load_golden
 
 
@@ -109,7 +110,21 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     model = megatron_b2.load(published_folder("7b", tmp_path / "hf"))
     with pytest.raises(InputError, match=r"\[0, 512\), found 600"):
         model.logits([600])
+    with pytest.raises(InputError, match=r"labels of shape \[1, 2\].*shape of input_ids, \[1, 3\]"):
+        model.loss([1, 2, 3], [1, 2])
+    with pytest.raises(InputError, match=r"segment_ids of shape \[1, 2\]"):
+        model.logits([1, 2, 3], torch.tensor([0, 0]))
+    with pytest.raises(InputError, match="row 0 goes from 1 to 0 at position 2"):
+        model.loss([1, 2, 3], [1, 2, 3], segment_ids=torch.tensor([0, 1, 0]))
     with pytest.raises(InputError, match="at least 2 tokens"):
         model.loss([1], [1])
     with pytest.raises(InputError, match=r"call \.total\.backward"):
         model.hf_gradients()
+
+
+def test_damage_is_found_before_it_is_loaded(tmp_path: Path) -> None:
+    import_hf(open_weights(published_folder("7b", tmp_path / "hf")), tmp_path / "ours")
+    flip(tmp_path / "ours" / "step_00000000" / "weights_00000.safetensors", -5)
+    with pytest.raises(CheckpointError, match=r"weights_00000\.safetensors: damaged, its SHA-256"):
+        megatron_b2.load(tmp_path / "ours")
+    assert megatron_b2.load(tmp_path / "ours", verify=False).config.num_layers == 2

@@ -16,7 +16,7 @@ import megatron_b2
 from megatron_b2.cli import config as config_command
 from megatron_b2.cli.config_arguments import Flag, parse
 from megatron_b2.cli.main import COMMANDS, main, run
-from megatron_b2.config import from_dict, load_config
+from megatron_b2.config import RunConfig, from_dict, load_config
 from megatron_b2.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def test_show_prints_a_file_that_loads_again(capsys: pytest.CaptureFixture[str],
 def test_show_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", "preset:baichuan2-13b", "--world-size", "64", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert from_dict(shown["config"]) == load_config("preset:baichuan2-13b").config
+    assert from_dict(RunConfig, shown["config"]) == load_config("preset:baichuan2-13b").config
     assert shown["provenance"]["optim.max_lr"].startswith("preset:baichuan2-13b:")
     assert shown["deepspeed"]["gradient_accumulation_steps"] == 16
     assert shown["num_parameters"] == 13_896_668_160

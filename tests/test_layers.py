@@ -17,6 +17,7 @@ PACKAGE = ROOT / "megatron_b2"
 # A module imports only from layers above its own line, and from its own layer.
 LAYERS = (
     ("errors",),
+    ("files",),
     ("config",),
     ("parallel", "ops", "documents", "tokenizer"),
     ("model", "data", "corpus"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import megatron_b2
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def pins(name: str) -> dict[str, str]:
@@ -48,9 +50,23 @@ def test_continuous_integration_runs_lint_and_test() -> None:
     assert script.read_text(encoding="utf-8").rstrip().endswith("make lint test")
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8"))
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_code_exist(path: Path) -> None:
+    """Paths into the repository in code blocks and between backquotes; placeholders such as <name> are none."""
+    text = path.read_text(encoding="utf-8")
+    code = re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.DOTALL)
+    folders = "examples|tools|docs|tests|megatron_b2|csrc|requirements"
+    named = {name for part in code for name in re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/.-]+", part)}
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_first_use_of_load_and_tokenizer_imports_them() -> None:
+    code = "import megatron_b2; print(megatron_b2.tokenizer.load_tokenizer, megatron_b2.load)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "load_tokenizer" in done.stdout

@@ -236,6 +236,5 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("vocab_size"), py::arg("document_masking"), py::arg("input_ids").noconvert(),
            py::arg("labels").noconvert(), py::arg("segment_ids").noconvert(), py::arg("position_ids").noconvert(),
            "Write the samples that start at tokens `starts` into `rows` of the [B, S] outputs; releases the GIL.")
-      .def("document_of", &TokenStream::document_of, py::arg("token"), "Document that holds a token.")
       .def("document_start", &TokenStream::document_start, py::arg("document"), "First token of a document.");
 }

@@ -5,8 +5,7 @@ Nothing is renamed or reordered beyond rows, so import followed by export gives 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_b2.checkpoint.files import OnBytes, new_folder, write_file
+from megatron_b2.checkpoint.files import write_file
 from megatron_b2.checkpoint.hf_config import CONFIG, hf_config
 from megatron_b2.checkpoint.hf_names import HEAD, HFTensor, Style, hf_tensors
 from megatron_b2.checkpoint.hf_shards import SAFETENSORS_INDEX, shard, shard_names
@@ -25,6 +24,9 @@ from megatron_b2.checkpoint.store import step_name, write_manifest, write_part
 from megatron_b2.checkpoint.tensor_file import Entry, write_tensors
 from megatron_b2.checkpoint.weights import HEAD_NORMALISED, MODEL, WeightSource
 from megatron_b2.errors import CheckpointError, TokenizerError
+from megatron_b2.files.atomic import atomic_folder, write_json
+from megatron_b2.files.hashing import OnBytes
+from megatron_b2.ops.norm_head import normalise_rows
 from megatron_b2.tokenizer.hf import FAST_NAME
 from megatron_b2.tokenizer.hf import export_hf as export_tokenizer
 from megatron_b2.tokenizer.wrapper import MODEL_NAME, load_tokenizer
@@ -33,8 +35,6 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 """Shard size of exports and of imported checkpoints."""
 DEFAULT_MAX_POSITIONS = 4_096
 """Context length written when the checkpoint does not know it (report Table 3)."""
-NORM_EPS = 1e-12
-"""NormHead's smallest divisor (published modelling code)."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,18 @@ def export_hf(
     entries = [(_entry(source, tensor, style, dtype), tensor) for tensor in table]
     shards = shard([((entry, tensor), entry.nbytes) for entry, tensor in entries], limit=max_shard_bytes)
     names = shard_names(len(shards))
-    with new_folder(out) as tmp:
+    with atomic_folder(out, error=CheckpointError) as tmp:
         for name, group in zip(names, shards, strict=True):
             write_tensors(tmp / name, [e for e, _ in group], metadata={"format": "pt"}, on_bytes=on_bytes)
         if len(shards) > 1:
             total = sum(entry.nbytes for entry, _ in entries)
             weight_map = {e.key: name for name, group in zip(names, shards, strict=True) for e, _ in group}
-            _write_json(
-                tmp / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
-            )
-        _write_json(tmp / CONFIG, _export_config(source, style, entries[0][0].dtype))
-        _write_json(tmp / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(tmp / SAFETENSORS_INDEX, index, error=CheckpointError)
+        config = _export_config(source, style, entries[0][0].dtype)
+        write_json(tmp / CONFIG, config, error=CheckpointError)
+        special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        write_json(tmp / "generation_config.json", special, error=CheckpointError)
         note = _write_tokenizer(source, tmp)
     return _summary(out, style, [entry for entry, _ in entries], note)
 
@@ -115,7 +116,7 @@ def import_hf(source: WeightSource, out: Path, *, on_bytes: OnBytes | None = Non
         HEAD_NORMALISED: source.head_normalised,
     }
     files = {name: path.read_bytes() for name, path in source.tokenizer_files.items()}
-    with new_folder(out) as tmp:
+    with atomic_folder(out, error=CheckpointError) as tmp:
         step = tmp / step_name(0)
         step.mkdir()
         parts = [
@@ -155,13 +156,6 @@ def _converted(source: WeightSource, tensor: HFTensor, dtype: torch.dtype, bake:
         yield cast
 
 
-def normalise_rows(weight: Tensor) -> Tensor:
-    """Rows of a [rows, h] matrix divided by their Euclidean length, in float32 (report section 2.5)."""
-    rows = weight.float()
-    lengths: Tensor = rows.norm(dim=1, keepdim=True)
-    return rows / lengths.clamp_min(NORM_EPS)
-
-
 def _import_entry(source: WeightSource, name: str) -> Entry:
     return Entry(
         key=f"{MODEL}{name}@0",
@@ -195,10 +189,6 @@ def _write_tokenizer(source: WeightSource, tmp: Path) -> str:
     for name, path in files.items():
         write_file(tmp / name, path.read_bytes())
     return "" if files else "the checkpoint has no tokenizer, so none was written"
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _torch_name(dtype: torch.dtype) -> str:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_b2.checkpoint.files import FileRecord, write_file
+from megatron_b2.checkpoint.files import write_file
 from megatron_b2.checkpoint.logical import coverage_problem
 from megatron_b2.checkpoint.reading import Chunk, StoredTensor
 from megatron_b2.checkpoint.tensor_file import DTYPES, dtype_name
 from megatron_b2.errors import CheckpointError
+from megatron_b2.files.hashing import FileRecord
 
 FORMAT = "megatron_b2.checkpoint"
 FORMAT_VERSION = 1

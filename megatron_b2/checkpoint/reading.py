@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_b2.checkpoint.files import BLOCK_BYTES
 from megatron_b2.checkpoint.logical import LogicalState, Shape, overlap
 from megatron_b2.checkpoint.tensor_file import TensorFile, open_tensor_file
 from megatron_b2.errors import CheckpointError
+from megatron_b2.files.hashing import BLOCK_BYTES
 
 
 @dataclass(frozen=True)

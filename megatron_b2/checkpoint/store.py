@@ -16,21 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_b2.checkpoint.files import (
-    TMP,
-    FileRecord,
-    OnBytes,
-    describe,
-    hash_file,
-    remove_folder,
-    sync_directory,
-    write_file,
-)
+from megatron_b2.checkpoint.files import TMP, describe, remove_folder, write_file
 from megatron_b2.checkpoint.logical import LogicalState
 from megatron_b2.checkpoint.manifest import CHECKSUMS, MANIFEST, Manifest, read_checksums, read_manifest
 from megatron_b2.checkpoint.reading import Chunk, StoredTensor, TensorReader
 from megatron_b2.checkpoint.tensor_file import Entry, tensor_entry, write_tensors
 from megatron_b2.errors import CheckpointError
+from megatron_b2.files.atomic import sync_folder
+from megatron_b2.files.hashing import FileRecord, OnBytes, hash_file
 from megatron_b2.parallel.comm import Comm, SingleComm
 
 OLD = ".old"
@@ -95,11 +88,16 @@ def save_checkpoint(
 
 
 def _agree(comm: Comm, final: Path, tmp: Path, mine: Part) -> list[Part]:
-    """Gather every rank's result; if one failed, remove `tmp` and raise the same error on all ranks."""
-    everyone: list[Part] = comm.all_gather_object(mine)
-    failures = [f"rank {rank}: {part.error}" for rank, part in enumerate(everyone) if part.error is not None]
+    """Gather every rank's result on rank 0, the others get none.
+
+    If one failed, remove `tmp` and raise the same error on all ranks.
+    """
+    parts: list[Part] = comm.gather_object(mine) or []
+    failures: list[str] = comm.broadcast_object(
+        [f"rank {rank}: {part.error}" for rank, part in enumerate(parts) if part.error is not None]
+    )
     if not failures:
-        return everyone
+        return parts
     if comm.rank == 0:
         shutil.rmtree(tmp, ignore_errors=True)
     comm.barrier()
@@ -140,7 +138,10 @@ def _write_rank(
     tmp: Path, state: LogicalState, rank_state: Mapping[str, Tensor], rank: int, on_bytes: OnBytes | None
 ) -> Part:
     try:
-        return write_part(tmp, rank_file(rank), *state_entries(state, rank_state), on_bytes=on_bytes)
+        entries, tensors = state_entries(state, rank_state)
+        if rank > 0:  # rank 0 names every tensor, so that one which nobody wrote is missed
+            tensors = [(name, tensor) for name, tensor in tensors if tensor.chunks]
+        return write_part(tmp, rank_file(rank), entries, tensors, on_bytes=on_bytes)
     except Exception as error:  # told to every rank, which all raise: one rank alone would hang the others
         path, text = str(tmp / rank_file(rank)), describe(error)
         return Part(error=text if path in text else f"{path}: {text}")
@@ -223,14 +224,14 @@ def write_manifest(
     for name, data in files.items():
         (tmp / name).parent.mkdir(parents=True, exist_ok=True)
         records[name] = write_file(tmp / name, data)
-        sync_directory((tmp / name).parent)
+        sync_folder((tmp / name).parent)
     manifest = Manifest(
         step=step, tokens=tokens, meta=dict(meta), tensors=_merge(parts), files=records, world_size=world_size
     )
     if problems := manifest.coverage_problems():
         raise CheckpointError("the pieces of the ranks do not make whole tensors: " + "; ".join(problems[:8]))
     manifest.write(tmp)
-    sync_directory(tmp)
+    sync_folder(tmp)
 
 
 def _merge(parts: Sequence[Part]) -> dict[str, StoredTensor]:
@@ -254,7 +255,7 @@ def publish(tmp: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     tmp.rename(final)
-    sync_directory(final.parent)
+    sync_folder(final.parent)
     if old.exists():
         remove_folder(old)
 

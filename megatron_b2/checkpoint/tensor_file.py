@@ -22,9 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_b2.checkpoint.files import BLOCK_BYTES, FileRecord, OnBytes
 from megatron_b2.checkpoint.logical import Shape
 from megatron_b2.errors import CheckpointError
+from megatron_b2.files.hashing import BLOCK_BYTES, FileRecord, OnBytes
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -152,6 +152,7 @@ class TensorFile(Protocol):
 
 class _SafetensorsFile:
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file: Any = safe_open(str(path), framework="pt")
 
     def describe(self) -> dict[str, tuple[torch.dtype, Shape]]:
@@ -159,25 +160,38 @@ class _SafetensorsFile:
         for key in self._file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             view = self._file.get_slice(key)
             if view.get_dtype() not in DTYPES:
-                raise CheckpointError(f"{key}: data type {view.get_dtype()} is none of {', '.join(DTYPES)}")
+                raise CheckpointError(
+                    f"{self._path}: {key}: data type {view.get_dtype()} is none of {', '.join(DTYPES)}"
+                )
             table[key] = (DTYPES[view.get_dtype()], tuple(view.get_shape()))
         return table
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
-        whole: Tensor = self._file.get_slice(key)[index] if index else self._file.get_tensor(key)
-        return whole
+        try:
+            part: Tensor = self._file.get_slice(key)[index] if index else self._file.get_tensor(key)
+        except (SafetensorError, IndexError) as error:
+            raise CheckpointError(f"{self._path}: tensor {key!r} cannot be read ({error})") from error
+        return part
 
 
 class _TorchFile:
     """A pytorch_model*.bin state dictionary, memory-mapped; only tensors are unpickled."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(self._tensors, dict):
+            raise ValueError(f"it holds a {type(self._tensors).__name__}, not tensors by name")
+        for key, tensor in self._tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{key!r} is a {type(tensor).__name__}, not a tensor")
 
     def describe(self) -> dict[str, tuple[torch.dtype, Shape]]:
         return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in self._tensors.items()}
 
     def read(self, key: str, index: tuple[slice, ...]) -> Tensor:
+        if key not in self._tensors:
+            raise CheckpointError(f"{self._path}: holds no tensor {key!r}")
         return self._tensors[key][index]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -24,11 +25,18 @@ from megatron_b2.checkpoint.logical import LogicalState, Shape
 from megatron_b2.checkpoint.reading import Chunk, StoredTensor, TensorReader, load_into, shape_problems
 from megatron_b2.checkpoint.store import CheckpointReader
 from megatron_b2.checkpoint.tensor_file import open_tensor_file
+from megatron_b2.config.decode import from_dict
 from megatron_b2.config.schema import ModelConfig
-from megatron_b2.errors import CheckpointError
+from megatron_b2.errors import CheckpointError, ConfigError
+from megatron_b2.files.hashing import OnBytes
+from megatron_b2.parallel.comm import Comm
 
 MODEL = "model/"
 """Prefix of the parameters in a logical state."""
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+)
+"""Data types that a model can be loaded or exported in, by name."""
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -85,12 +93,21 @@ class WeightSource:
         return {name: self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()}
 
 
-def open_weights(path: Path | str, *, position: Position | None = None) -> WeightSource:
+def open_weights(
+    path: Path | str,
+    *,
+    position: Position | None = None,
+    verify: bool = True,
+    comm: Comm | None = None,
+    on_bytes: OnBytes | None = None,
+) -> WeightSource:
     """Open one of our checkpoints (a step, checkpoint or run folder: newest) or a Hugging Face folder.
 
     Hugging Face folders may be `baichuan` (7B or 13B style) or `llama`, in safetensors or pytorch_model*.bin
     files. `position` states the encoding of a `baichuan` folder whose config.json does not. All names and
-    shapes are checked here; values are read later. CheckpointError says what does not fit.
+    shapes are checked here; values are read later. With `verify` every file of one of our checkpoints is
+    hashed first (the ranks of `comm` share the work and must all call it; `on_bytes` hears of the progress);
+    Hugging Face folders have no checksums. CheckpointError says what is damaged or does not fit.
     """
     folder = Path(path)
     if not folder.exists():
@@ -102,6 +119,8 @@ def open_weights(path: Path | str, *, position: Position | None = None) -> Weigh
         raise CheckpointError(
             f"{folder}: neither a checkpoint, nor a run folder with one, nor a Hugging Face folder ({CONFIG})"
         )
+    if verify and (problems := CheckpointReader(checkpoint).verify(comm=comm, on_bytes=on_bytes)):
+        raise CheckpointError(f"{checkpoint} is damaged; use another checkpoint:\n  " + "\n  ".join(problems))
     return _open_checkpoint(checkpoint)
 
 
@@ -111,21 +130,37 @@ def load_weights(source: WeightSource, state: LogicalState) -> None:
     load_into(source, parameters)
 
 
+def model_differences(stored: Mapping[str, Any], model: ModelConfig) -> list[str]:
+    """Settings in which the model of a checkpoint is another one, a line each with both values.
+
+    `init_std` may differ, and `rope_base` where there are no rotary positions.
+    """
+    ours = asdict(model)
+    del ours["init_std"]
+    if model.position != "rope":
+        del ours["rope_base"]
+    return [
+        f"model.{key} = {stored.get(key)!r}, now {value!r}"
+        for key, value in ours.items()
+        if stored.get(key) != value
+    ]
+
+
 def _open_checkpoint(path: Path) -> WeightSource:
     reader = CheckpointReader(path)
     run = reader.meta.get("run")
     raw = run.get("model") if isinstance(run, Mapping) else None
-    known = {field.name for field in fields(ModelConfig)}
-    if not isinstance(raw, Mapping) or not set(raw) <= known:
-        unknown = sorted(set(raw) - known) if isinstance(raw, Mapping) else raw
-        raise CheckpointError(f"{path}: the manifest's model configuration is not known here ({unknown!r})")
+    try:
+        config = from_dict(ModelConfig, raw, key=("model",))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: the manifest's model configuration is not usable: {error}") from error
     data: Any = run.get("data") if isinstance(run, Mapping) else None
     names = {n.removeprefix(MODEL): t for n, t in reader.tensors.items() if n.startswith(MODEL)}
     return _checked(
         WeightSource(
             path=path,
             kind="checkpoint",
-            config=ModelConfig(**raw),
+            config=config,
             tensors=TensorReader(path, names),
             max_positions=data.get("seq_len") if isinstance(data, Mapping) else None,
             head_normalised=bool(reader.meta.get(HEAD_NORMALISED, False)),

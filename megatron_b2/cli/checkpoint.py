@@ -17,12 +17,14 @@ from tyro.conf import Positional, subcommand
 
 from megatron_b2.checkpoint.catalog import RUN_SUBFOLDER, CheckpointInfo, list_checkpoints, resolve_checkpoint
 from megatron_b2.checkpoint.manifest import MANIFEST
-from megatron_b2.checkpoint.progress import byte_progress, format_bytes
 from megatron_b2.checkpoint.store import CheckpointReader
 from megatron_b2.checkpoint.tensor_file import dtype_name
 from megatron_b2.checkpoint.weights import MODEL
 from megatron_b2.cli.main import run
 from megatron_b2.errors import CheckpointError
+from megatron_b2.files.atomic import write_json
+from megatron_b2.files.progress import ProgressBar, format_bytes
+from megatron_b2.training.checkpoints import MILESTONES
 
 HELP = "list, inspect and verify checkpoints"
 
@@ -85,17 +87,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _list(command: List) -> int:
     found = _found(command.path)
+    links = sorted((found[0].path.parent / MILESTONES).glob("train_*"))
+    names = {link.resolve().name: link.name for link in links}
     rows = [
-        {"step": i.step, "tokens": i.tokens, "bytes": i.bytes, "path": str(i.path), "problem": i.problem}
-        for i in found
+        {
+            "step": info.step,
+            "tokens": info.tokens,
+            "bytes": info.bytes,
+            "path": str(info.path),
+            "milestone": names.get(info.path.name),
+            "problem": info.problem,
+        }
+        for info in found
     ]
-    if _write_json(command.json, rows):
+    if _give_json(command.json, rows):
         return 0
     table = Table(title=f"checkpoints of {command.path}")
     for column in ("step", "tokens", "size"):
         table.add_column(column, justify="right")
     table.add_column("state")
     table.add_column("folder")
+    if names:
+        table.add_column("milestone")
     for info in found:
         table.add_row(
             f"{info.step:,}",
@@ -103,6 +116,7 @@ def _list(command: List) -> int:
             format_bytes(info.bytes),
             info.problem or "whole",
             info.path.name,
+            *([names.get(info.path.name, "")] if names else []),
         )
     Console().print(table)
     return 0
@@ -114,7 +128,7 @@ def _inspect(command: Inspect) -> int:
         raise CheckpointError(f"{command.path}: holds no checkpoint")
     reader = CheckpointReader(path)
     report = _report(reader)
-    if _write_json(command.json, report):
+    if _give_json(command.json, report):
         return 0
     console = Console()
     facts = Table(title=str(path), show_header=False)
@@ -140,7 +154,7 @@ def _verify(command: Verify) -> int:
     folders = [command.path] if one else [info.path for info in _found(command.path)]
     findings = {str(folder): _problems(folder) for folder in folders}
     damaged = any(findings.values())
-    if _write_json(command.json, findings):
+    if _give_json(command.json, findings):
         return int(damaged)
     for folder, problems in findings.items():
         print(f"{folder}: {'damaged' if problems else 'whole'}")
@@ -155,8 +169,8 @@ def _problems(folder: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     total = sum(record.bytes for record in reader.manifest.files.values())
-    with byte_progress(f"verify {folder.name}", total) as on_bytes:
-        return reader.verify(on_bytes=on_bytes)
+    with ProgressBar(f"verify {folder.name}", total=total, unit="bytes") as bar:
+        return reader.verify(on_bytes=bar.advance)
 
 
 def _found(path: Path) -> list[CheckpointInfo]:
@@ -191,14 +205,13 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
-def _write_json(path: Path | None, value: Any) -> bool:
+def _give_json(path: Path | None, value: Any) -> bool:
     """Write JSON where asked; whether that replaces the human output."""
-    text = jsonlib.dumps(value, indent=2, ensure_ascii=False) + "\n"
     if path == Path("-"):
-        print(text, end="")
+        print(jsonlib.dumps(value, indent=2, ensure_ascii=False))
         return True
     if path is not None:
-        path.write_text(text, encoding="utf-8")
+        write_json(path, value)
     return False
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -18,14 +16,12 @@ from tyro.conf import Positional, arg, subcommand
 
 from megatron_b2.checkpoint.hf import ConversionSummary, export_hf, import_hf
 from megatron_b2.checkpoint.hf_shards import parse_size
-from megatron_b2.checkpoint.progress import byte_progress, format_bytes
-from megatron_b2.checkpoint.weights import WeightSource, open_weights
+from megatron_b2.checkpoint.weights import DTYPES, WeightSource, open_weights
 from megatron_b2.cli.main import run
+from megatron_b2.files.atomic import write_json
+from megatron_b2.files.progress import ProgressBar, format_bytes
 
 HELP = "import from and export to Hugging Face folders"
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,24 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = _export(command) if isinstance(command, Export) else _import(command)
     _print(summary, time.monotonic() - started)
     if command.json is not None:
-        command.json.write_text(jsonlib.dumps(summary.to_json(), indent=2) + "\n", encoding="utf-8")
+        write_json(command.json, summary.to_json())
     return 0
 
 
 def _export(command: Export) -> ConversionSummary:
     limit = parse_size(command.max_shard_size)
-    source = open_weights(command.checkpoint)
+    with ProgressBar("verify", unit="bytes") as bar:
+        source = open_weights(command.checkpoint, on_bytes=bar.advance)
     dtype = DTYPES[command.dtype] if command.dtype else None
-    with byte_progress("export", _size(source, dtype)) as on_bytes:
+    with ProgressBar("export", total=_size(source, dtype), unit="bytes") as bar:
         return export_hf(
-            source, command.out, style=command.format, dtype=dtype, max_shard_bytes=limit, on_bytes=on_bytes
+            source,
+            command.out,
+            style=command.format,
+            dtype=dtype,
+            max_shard_bytes=limit,
+            on_bytes=bar.advance,
         )
 
 
 def _import(command: Import) -> ConversionSummary:
     source = open_weights(command.folder, position=command.position)
-    with byte_progress("import", _size(source, None)) as on_bytes:
-        return import_hf(source, command.out, on_bytes=on_bytes)
+    with ProgressBar("import", total=_size(source, None), unit="bytes") as bar:
+        return import_hf(source, command.out, on_bytes=bar.advance)
 
 
 def _size(source: WeightSource, dtype: torch.dtype | None) -> int:

@@ -117,7 +117,7 @@ def _sets() -> int:
 
 def _stats(command: Stats) -> int:
     from megatron_b2.documents import ReadReport, read_documents
-    from megatron_b2.documents.atomic import write_json
+    from megatron_b2.files.atomic import write_json
 
     report = ReadReport()
     documents: Counter[str] = Counter()

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _inspect(command: Inspect) -> int:
     from megatron_b2.data.indexed import IndexedDataset
     from megatron_b2.data.manifest import read_manifest
-    from megatron_b2.documents.atomic import write_json
+    from megatron_b2.files.atomic import write_json
 
     dataset = IndexedDataset(command.prefix)
     manifest = read_manifest(command.prefix)

@@ -238,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Slow imports, so that --help and mistakes answer at once.
     from megatron_b2.api import load
     from megatron_b2.checkpoint.catalog import resolve_checkpoint
-    from megatron_b2.documents.atomic import write_json
+    from megatron_b2.checkpoint.weights import open_weights
+    from megatron_b2.files.atomic import write_json
     from megatron_b2.model.sampling import check_sampling
     from megatron_b2.tokenizer import load_tokenizer
 
@@ -248,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         top_p=options.top_p,
         repetition_penalty=options.repetition_penalty,
     )
+    open_weights(options.path, verify=False)  # a wrong path is told before a missing tokenizer in it
     tokenizer = load_tokenizer(options.tokenizer or resolve_checkpoint(options.path) or options.path)
     model = load(options.path, dtype=options.dtype)
     writer = Writer(options, model=model, tokenizer=tokenizer, out=_print)

@@ -14,7 +14,7 @@ import tyro
 
 if TYPE_CHECKING:
     from megatron_b2.data.manifest import Counts, Manifest
-    from megatron_b2.documents.progress import ProgressBar
+    from megatron_b2.files.progress import ProgressBar
 
 HELP = "tokenize text into the .bin/.idx pair that training reads"
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = tyro.cli(Preprocess, args=None if argv is None else list(argv), prog="b2 preprocess")
 
     from megatron_b2.data.preprocess import preprocess
-    from megatron_b2.documents.atomic import write_json
+    from megatron_b2.files.atomic import write_json
 
     started = time.monotonic()
     with _Bars() as bars:
@@ -105,12 +105,12 @@ class _Bars:
             self._bar.__exit__(None, None, None)
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        from megatron_b2.documents.progress import ProgressBar
+        from megatron_b2.files.progress import ProgressBar
 
         if phase != self._phase:
             self.__exit__()
             self._phase = phase
-            self._bar = ProgressBar(dict(self.TITLES)[phase], total=total, unit="MB")
+            self._bar = ProgressBar(dict(self.TITLES)[phase], total=total, unit="bytes")
             self._bar.__enter__()
         assert self._bar is not None
         self._bar.update(done)

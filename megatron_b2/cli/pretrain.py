@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_b2.cli.config_arguments import ConfigArguments, Flag, parse
 from megatron_b2.cli.main import run
@@ -22,7 +22,7 @@ DESCRIPTION = """Pre-train a model. The same file runs under every launcher:
 
 Run it again to continue from the newest checkpoint. SIGTERM and SIGUSR1 save and exit with status 75."""
 
-FLAGS = {
+FLAGS: Mapping[str, Flag] = {
     "dry-run": Flag("print sizes, schedule and memory, check the inputs, and stop"),
     "world-size": Flag("processes that --dry-run plans for (default 1)", value="N"),
 }

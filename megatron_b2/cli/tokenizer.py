@@ -198,7 +198,7 @@ def _train(command: Train) -> int:
 
 def _report(command: Report) -> int:
     from megatron_b2.documents import ReadReport
-    from megatron_b2.documents.atomic import write_json
+    from megatron_b2.files.atomic import write_json
     from megatron_b2.tokenizer.compression import measure, plot
 
     reading = ReadReport()

@@ -5,27 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, Final, Literal, get_args, get_origin
+from typing import Any, Final, Literal, TypeVar, get_args, get_origin
 
 from megatron_b2.config.fields import default_of, optional_inner, settings, type_hints, type_name
 from megatron_b2.config.keys import Key, dotted, nearest
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import ConfigError
 
+Schema = TypeVar("Schema")
+
 FAILED: Final = object()
 """Stands for a value that could not be decoded; the problem is already recorded."""
 
 
-def from_dict(mapping: Mapping[str, Any]) -> RunConfig:
-    """The configuration in a nested mapping such as `to_dict` makes; unknown keys and wrong types are errors.
+def from_dict(schema: type[Schema], mapping: Any, *, key: Key = ()) -> Schema:
+    """The dataclass `schema` from a nested mapping such as `to_dict` makes.
 
-    Raises ConfigError with every problem found.
+    `key` is where the mapping stood in the run, for messages. Raises ConfigError with every problem found:
+    unknown and missing keys, wrong types.
     """
     decoder = Decoder({})
-    config = decoder.table(RunConfig, mapping, ())
+    config = decoder.table(schema, mapping, key)
     if decoder.problems or decoder.missing:
         raise ConfigError(decoder.problems + decoder.missing)
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, schema)
     return config
 
 

@@ -6,7 +6,6 @@ lists, they are fetched into that folder too. Works for root and for other users
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_b2.documents.atomic import write_json
 from megatron_b2.errors import InputError
+from megatron_b2.files.atomic import write_json
+from megatron_b2.files.hashing import hash_file
 
 POLL_SECONDS = 0.2
 NO_APT = (
@@ -147,7 +147,7 @@ class Apt:
 
     def _is_whole(self, deb: DebFile) -> bool:
         path = self._debs / deb.file
-        return path.is_file() and path.stat().st_size == deb.bytes and _sha256(path) == deb.sha256
+        return path.is_file() and path.stat().st_size == deb.bytes and hash_file(path).sha256 == deb.sha256
 
     def _show(self, packages: Sequence[str]) -> dict[str, Candidate]:
         command = ["apt-cache", *self._options, "--no-all-versions", "show", *packages]
@@ -180,7 +180,7 @@ class Apt:
 
     def _keep(self, folder: Path, wanted: Sequence[Candidate]) -> dict[str, DebFile]:
         """Move whole files to the cache and write them into its index."""
-        by_hash = {_sha256(path): path for path in folder.glob("*.deb")}
+        by_hash = {hash_file(path).sha256: path for path in folder.glob("*.deb")}
         arrived: dict[str, DebFile] = {}
         self._debs.mkdir(parents=True, exist_ok=True)
         for offer in wanted:
@@ -230,8 +230,3 @@ def _scratch(base: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -21,9 +21,9 @@ from megatron_b2.corpus.apt import Apt, Candidate, DebFile
 from megatron_b2.corpus.extract import EXTRACTOR_VERSION, ExtractedText, extract_files, is_candidate
 from megatron_b2.corpus.packages import copyright_licence, declared_licence
 from megatron_b2.documents import JsonlWriter
-from megatron_b2.documents.atomic import write_json
-from megatron_b2.documents.progress import ProgressBar
 from megatron_b2.errors import InputError
+from megatron_b2.files.atomic import write_json
+from megatron_b2.files.progress import ProgressBar
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -107,7 +107,7 @@ def fetch_corpus(
     with ExitStack() as stack:
         tool_box = _Workers(apt, jobs, stack)
         bar = stack.enter_context(
-            ProgressBar("extract", total=sum(d.bytes for d in debs.values()), unit="MB")
+            ProgressBar("extract", total=sum(d.bytes for d in debs.values()), unit="bytes")
         )
         for name, deb in debs.items():
             extractions[name] = _extract_cached(apt, deb, cache / "text", tool_box)
@@ -152,7 +152,7 @@ def _fetch_debs(apt: Apt, names: Sequence[str], *, refresh: bool) -> dict[str, D
             if offer.package not in debs or debs[offer.package].sha256 != offer.sha256
         ]
         if fresh:
-            with ProgressBar("download", total=sum(offer.bytes for offer in fresh), unit="MB") as bar:
+            with ProgressBar("download", total=sum(offer.bytes for offer in fresh), unit="bytes") as bar:
                 debs.update(apt.download(fresh, progress=bar.update))
     if not debs:
         raise InputError(

@@ -21,7 +21,7 @@ import torch
 from megatron_b2.config.schema import DataConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.data.indexed import IndexedDataset
-from megatron_b2.data.manifest import check_sizes, check_tokenizer
+from megatron_b2.data.manifest import check_sizes, check_tokenizer, origin
 from megatron_b2.data.order import Blend, IntArray, derive_key, permute
 from megatron_b2.errors import ConfigError, DataError
 
@@ -44,6 +44,8 @@ class SourceSplit:
     num_tokens: int
     num_samples: int
     """Samples an epoch."""
+    origin: str | None
+    """What the data was made from, see `manifest.origin`."""
 
     @property
     def name(self) -> str:
@@ -140,7 +142,12 @@ class BlendedDataset:
             "seq_len": self.seq_len,
             "seed": self.seed,
             "sources": [
-                {"index": source.index, "content": source.dataset.fingerprint, "weight": weight}
+                {
+                    "index": source.index,
+                    "content": source.dataset.fingerprint,
+                    "origin": source.origin,
+                    "weight": weight,
+                }
                 for source, weight in zip(self.sources, self._blend.weights, strict=True)
             ],
         }
@@ -149,10 +156,6 @@ class BlendedDataset:
     def fingerprint(self) -> str:
         """SHA-256 of `identity`: equal fingerprints mean the same sample at every position."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
-    def source_of(self, positions: IntArray) -> IntArray:
-        """Index into `sources` of each position; int64 [n]."""
-        return self._blend.locate(np.asarray(positions, dtype=np.int64))[0]
 
     def locate(self, positions: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """Source (index into `sources`), epoch of that source and sample within its split; int64 [n] each."""
@@ -218,6 +221,7 @@ def _cut(
         first_token=first_token,
         num_tokens=num_tokens,
         num_samples=max(0, num_tokens - 1) // data.seq_len,
+        origin=origin(dataset.prefix),
     )
 
 

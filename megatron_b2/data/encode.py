@@ -16,7 +16,7 @@ from megatron_b2.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_b2.data.manifest import Counts, Tally
 from megatron_b2.data.shards import Piece
 from megatron_b2.documents import Document, ReadReport, read_documents, read_line_range
-from megatron_b2.documents.atomic import write_json
+from megatron_b2.files.atomic import write_json
 from megatron_b2.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH_CHARACTERS = 1 << 20

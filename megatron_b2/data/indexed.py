@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -34,13 +34,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from megatron_b2._cpu import TokenStream
-from megatron_b2.documents.atomic import atomic_file
 from megatron_b2.errors import DataError
+from megatron_b2.files.atomic import atomic_files
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPE_CODES: dict[int, np.dtype[Any]] = {
+DTYPE_CODES: Mapping[int, np.dtype[Any]] = {
     code: np.dtype(name)
     for code, name in enumerate(("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)
 }
@@ -212,9 +212,9 @@ class IndexedDatasetBuilder:
 
     def __enter__(self) -> IndexedDatasetBuilder:
         with ExitStack() as stack:
-            self._index = stack.enter_context(atomic_file(idx_path(self.prefix)))
-            self._tokens = stack.enter_context(atomic_file(bin_path(self.prefix)))
-            self._files = stack.pop_all()  # closed last in, first out: an .idx promises a whole .bin
+            pair = atomic_files(bin_path(self.prefix), idx_path(self.prefix))  # an .idx promises a whole .bin
+            self._tokens, self._index = stack.enter_context(pair)
+            self._files = stack.pop_all()
         return self
 
     def __exit__(
@@ -283,7 +283,7 @@ def merge(prefixes: Sequence[Path | str], output: Path | str) -> None:
                 f"{part.prefix}: holds {part.dtype.name}, but {parts[0].prefix} holds {dtype.name}; "
                 "data sets of one tokenizer have one type"
             )
-    with atomic_file(idx_path(output)) as index, atomic_file(bin_path(output)) as tokens:
+    with atomic_files(bin_path(output), idx_path(output)) as (tokens, index):
         for part in parts:
             with bin_path(part.prefix).open("rb") as source:
                 shutil.copyfileobj(source, tokens, _COPY_BYTES)

@@ -5,14 +5,15 @@ Files of other programs have none; they open all the same, only their tokenizer 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_b2.documents.atomic import write_json
 from megatron_b2.errors import DataError
+from megatron_b2.files.atomic import write_json
 
 FORMAT = "megatron_b2.tokens/1"
 
@@ -128,6 +129,19 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged manifest ({error!r}); make it again or delete it") from error
+
+
+def origin(prefix: Path | str) -> str | None:
+    """SHA-256 of what the data was made from: content of every input, tokenizer, options that count.
+
+    None without a sidecar. It covers every byte at no cost, which sampling a large `.bin` does not.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return None
+    facts = [manifest.tokenizer, manifest.dtype, manifest.end_of_document, manifest.text_key]
+    inputs = [[file.bytes, file.sha256] for file in manifest.inputs]
+    return hashlib.sha256(json.dumps([*facts, manifest.tally.malformed, inputs]).encode()).hexdigest()
 
 
 def check_sizes(prefix: Path | str) -> None:

@@ -127,19 +127,6 @@ class Blend:
                     pending.append((child, rows[chosen], index[chosen]))
         return sources, counts
 
-    def counts(self, num: int) -> tuple[int, ...]:
-        """How many of the first `num` positions each source has."""
-        counts = [0] * len(self._units)
-        pending = [(self._root, np.array([num], dtype=np.int64))]
-        while pending:
-            node, total = pending.pop()
-            if isinstance(node, int):
-                counts[node] = int(total[0])
-                continue
-            left = node.left_count(total)
-            pending += [(node.left, left), (node.right, total - left)]
-        return tuple(counts)
-
 
 def _round_weights(weights: Sequence[float]) -> tuple[int, ...]:
     """Units of each source, at least 1 each, WEIGHT_UNITS in all: floors, then the largest remainders."""

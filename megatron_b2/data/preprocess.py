@@ -30,8 +30,8 @@ from megatron_b2.data.indexed import bin_path, idx_path, merge, token_dtype
 from megatron_b2.data.manifest import InputFile, Manifest, Tally, manifest_path, read_manifest, write_manifest
 from megatron_b2.data.shards import ScannedFile, plan_shards, scan_file, shard_bytes
 from megatron_b2.documents import expand_inputs
-from megatron_b2.documents.atomic import sync_folder, write_json
 from megatron_b2.errors import DataError, InputError
+from megatron_b2.files.atomic import sync_folder, write_json
 from megatron_b2.tokenizer import Tokenizer, load_tokenizer
 
 JOB_VERSION = 1
@@ -104,18 +104,7 @@ def preprocess(
             progress("join", 0, 1)
             joined = job.parts / "joined"
             merge([part_prefix(job, shard.number) for shard in shards], joined)
-            manifest = Manifest(
-                job=fingerprint,
-                tokenizer=model.fingerprint,
-                vocab_size=model.vocab_size,
-                dtype=job.dtype,
-                end_of_document=end_of_document,
-                text_key=text_key,
-                bin_bytes=bin_path(joined).stat().st_size,
-                idx_bytes=idx_path(joined).stat().st_size,
-                inputs=tuple(InputFile(str(file.path), file.size, file.sha256) for file in files),
-                tally=tally,
-            )
+            manifest = _manifest(joined, fingerprint, job, model, files, tally)
             _publish(joined, output, manifest)
             progress("join", 1, 1)
     shutil.rmtree(job.parts)
@@ -151,11 +140,33 @@ def _fingerprint(files: Sequence[ScannedFile], model: Tokenizer, job: EncodeJob,
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
+def _manifest(
+    joined: Path,
+    fingerprint: str,
+    job: EncodeJob,
+    model: Tokenizer,
+    files: Sequence[ScannedFile],
+    tally: Tally,
+) -> Manifest:
+    return Manifest(
+        job=fingerprint,
+        tokenizer=model.fingerprint,
+        vocab_size=model.vocab_size,
+        dtype=job.dtype,
+        end_of_document=job.end_of_document,
+        text_key=job.text_key,
+        bin_bytes=bin_path(joined).stat().st_size,
+        idx_bytes=idx_path(joined).stat().st_size,
+        inputs=tuple(InputFile(str(file.path), file.size, file.sha256) for file in files),
+        tally=tally,
+    )
+
+
 def _existing_output(output: Path, fingerprint: str, job: EncodeJob, *, overwrite: bool) -> Manifest | None:
     """Manifest of a finished output of the very same job; None if there is nothing in the way."""
     existing = [path for path in (bin_path(output), idx_path(output), manifest_path(output)) if path.exists()]
-    if not existing or overwrite or (job.parts / _PUBLISHING).exists():
-        return None  # the last: an earlier run died between moving the .bin and writing the manifest
+    if not existing or overwrite or _publishing_job(job.parts) == fingerprint:
+        return None  # the last: this job died between moving the .bin and writing the manifest
     manifest = read_manifest(output)
     same = len(existing) == 3 and manifest is not None and manifest.job == fingerprint
     if manifest is not None and same and not (job.on_error == "stop" and manifest.tally.malformed):
@@ -166,9 +177,15 @@ def _existing_output(output: Path, fingerprint: str, job: EncodeJob, *, overwrit
     )
 
 
+def _publishing_job(parts: Path) -> str | None:
+    """Fingerprint of the job that had begun to publish when it died."""
+    marker = parts / _PUBLISHING
+    return json.loads(marker.read_bytes()).get("job") if marker.exists() else None
+
+
 def _publish(joined: Path, output: Path, manifest: Manifest) -> None:
     """Move the finished pair to `output`; an old manifest goes first, the new one comes last."""
-    write_json(joined.with_name(_PUBLISHING), {"output": str(output)})
+    write_json(joined.with_name(_PUBLISHING), {"job": manifest.job})
     manifest_path(output).unlink(missing_ok=True)
     os.replace(bin_path(joined), bin_path(output))
     os.replace(idx_path(joined), idx_path(output))

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Self, cast
 
 import zstandard
 
-from megatron_b2.documents.atomic import atomic_file
+from megatron_b2.files.atomic import atomic_file
 
 
 class JsonlWriter:

@@ -19,6 +19,13 @@ def inverse_row_norms(weight: Tensor) -> Tensor:
     return norms.clamp_min_(EPS).reciprocal_()
 
 
+def normalise_rows(weight: Tensor) -> Tensor:
+    """Rows of weight [V, H] divided by their length, fp32: what exports bake into a plain head."""
+    rows = weight.float()
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / lengths.clamp_min_(EPS)
+
+
 def norm_head_logits(hidden: Tensor, weight: Tensor, *, inverse_norms: Tensor | None = None) -> Tensor:
     """Logits against normalised rows.
 

@@ -33,6 +33,14 @@ class Comm(Protocol):
         """Picklable `obj` of every rank, in rank order."""
         ...
 
+    def gather_object(self, obj: Any) -> list[Any] | None:
+        """Picklable `obj` of every rank in rank order on rank 0, None on the others."""
+        ...
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """Rank 0's picklable `obj` on every rank; what the others give is ignored."""
+        ...
+
     def all_reduce_max(self, value: int) -> int:
         """The largest `value` of all ranks."""
         ...
@@ -50,6 +58,14 @@ class SingleComm:
     def all_gather_object(self, obj: Any) -> list[Any]:
         """The one object."""
         return [obj]
+
+    def gather_object(self, obj: Any) -> list[Any]:
+        """The one object."""
+        return [obj]
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """The object itself."""
+        return obj
 
     def all_reduce_max(self, value: int) -> int:
         """The one value."""
@@ -75,6 +91,18 @@ class ProcessGroupComm:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
+
+    def gather_object(self, obj: Any) -> list[Any] | None:
+        """Picklable `obj` of every rank in rank order on rank 0, None on the others."""
+        gathered: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(obj, gathered, group=self.group, group_dst=0)
+        return gathered
+
+    def broadcast_object(self, obj: Any) -> Any:
+        """Rank 0's picklable `obj` on every rank; what the others give is ignored."""
+        box = [obj if self.rank == 0 else None]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
 
     def all_reduce_max(self, value: int) -> int:
         """The largest `value` of all ranks."""

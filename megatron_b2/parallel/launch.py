@@ -10,7 +10,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -47,6 +47,8 @@ class LaunchEnvironment:
     """Host of rank 0."""
     master_port: int
     """Port of the rendezvous on that host."""
+    cpu_only: bool = False
+    """Compute on the CPU even where there are GPUs (DS_ACCELERATOR=cpu, DeepSpeed's own switch)."""
 
     @classmethod
     def detect(
@@ -62,10 +64,15 @@ class LaunchEnvironment:
         missing, contradict each other, or the SLURM distribution is not by blocks.
         """
         env = os.environ if environ is None else environ
+        place = cls._place(env, resolves=resolves or _has_address)
+        return replace(place, cpu_only=env.get("DS_ACCELERATOR") == "cpu")
+
+    @classmethod
+    def _place(cls, env: Mapping[str, str], *, resolves: Callable[[str], bool]) -> LaunchEnvironment:
         if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
             return _from_launcher(env)
         if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-            return _from_slurm(env, resolves=resolves or _has_address)
+            return _from_slurm(env, resolves=resolves)
         if _integer(env, "SLURM_NTASKS", default=1) > 1:
             raise LaunchError(
                 f"this process runs inside a SLURM job of SLURM_NTASKS={env['SLURM_NTASKS']} tasks but srun "
@@ -95,13 +102,14 @@ class LaunchEnvironment:
             MASTER_ADDR=self.master_addr,
             MASTER_PORT=str(self.master_port),
         )
-        if not torch.cuda.is_available():
+        if self.device.type == "cpu":
             env["DS_ACCELERATOR"] = "cpu"
 
     @property
     def device(self) -> torch.device:
         """The GPU of this process, or the CPU where there is none."""
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        on_gpu = torch.cuda.is_available() and not self.cpu_only
+        return torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
 
 
 def initialize_distributed(env: LaunchEnvironment, *, timeout: timedelta) -> Comm:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_b2.documents import OnError, ReadReport, read_documents
-from megatron_b2.documents.atomic import atomic_file
-from megatron_b2.documents.progress import ProgressBar
 from megatron_b2.errors import TokenizerError
+from megatron_b2.files.atomic import atomic_file
+from megatron_b2.files.progress import ProgressBar
 from megatron_b2.tokenizer.wrapper import MODEL_NAME
 
 BATCH = 64
@@ -87,7 +87,7 @@ def measure(
                 entry.characters += characters
                 entry.bytes += size
 
-    with ProgressBar("measure", unit="MB") as bar:
+    with ProgressBar("measure", unit="bytes") as bar:
         for document in read_documents(inputs, text_key=text_key, on_error=on_error, report=reading):
             language = document.language
             if max_bytes is not None and taken.get(language, 0) >= max_bytes:

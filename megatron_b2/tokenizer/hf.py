@@ -19,8 +19,8 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models
 
-from megatron_b2.documents.atomic import atomic_file, write_json
 from megatron_b2.errors import TokenizerError
+from megatron_b2.files.atomic import atomic_file, write_json
 from megatron_b2.tokenizer.symbols import ASSISTANT_PIECE, BOS_ID, EOS_ID, UNK_ID, USER_PIECE
 from megatron_b2.tokenizer.wrapper import MODEL_NAME, SPACE_MARK, Tokenizer
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,9 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_b2.documents import Document, OnError, ReadReport, expand_inputs, read_documents
-from megatron_b2.documents.atomic import atomic_folder, write_json
-from megatron_b2.documents.progress import ProgressBar
 from megatron_b2.errors import InputError, TokenizerError
+from megatron_b2.files.atomic import atomic_folder, write_json
+from megatron_b2.files.hashing import hash_file
+from megatron_b2.files.progress import ProgressBar
 from megatron_b2.tokenizer.sampling import num_copies, sampling_rates, uniform
 from megatron_b2.tokenizer.symbols import (
     BOS_ID,
@@ -225,7 +224,7 @@ def _documents(files: Sequence[Path], options: TrainOptions, report: ReadReport)
 
 def _count_languages(files: Sequence[Path], options: TrainOptions, report: ReadReport) -> Counter[str]:
     sizes: Counter[str] = Counter()
-    with ProgressBar("count", unit="MB") as bar:
+    with ProgressBar("count", unit="bytes") as bar:
         for document in _documents(files, options, report):
             size = len(document.text.encode())
             sizes[document.language] += size
@@ -238,7 +237,7 @@ def _write_sample(
 ) -> _Sample:
     sample = _Sample()
     counted = min(1.0, COUNTED_BYTES / total)
-    with path.open("wb") as stream, ProgressBar("sample", total=total, unit="MB") as bar:
+    with path.open("wb") as stream, ProgressBar("sample", total=total, unit="bytes") as bar:
         for index, document in enumerate(_documents(files, options, ReadReport())):
             bar.advance(len(document.text.encode()))
             copies = num_copies(rates[document.language], seed=options.seed, index=index)
@@ -374,9 +373,4 @@ def _describe_sample(sample: _Sample, rates: Mapping[str, float]) -> dict[str, d
 
 
 def _describe(files: Sequence[Path]) -> list[dict[str, Any]]:
-    described = []
-    for file in files:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        described.append({"file": str(file), "bytes": os.path.getsize(file), "sha256": digest})
-    return described
+    return [{"file": str(file), **asdict(hash_file(file))} for file in files]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,19 @@ from typing import Any
 from megatron_b2.checkpoint.catalog import RUN_SUBFOLDER, latest_checkpoint, prune_checkpoints
 from megatron_b2.checkpoint.reading import load_into
 from megatron_b2.checkpoint.store import CheckpointReader, save_checkpoint
+from megatron_b2.checkpoint.weights import model_differences
 from megatron_b2.config.encode import to_dict, to_toml
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.engine.base import Engine
 from megatron_b2.errors import CheckpointError
+from megatron_b2.files.atomic import sync_folder
 from megatron_b2.parallel.comm import Comm
 from megatron_b2.training.events import RunState
 
 CONFIG_FILE = "config.toml"
 TOKENIZER_FILE = "tokenizer.model"
+MILESTONES = "milestones"
+"""Folder beside the checkpoints with a link to each token milestone."""
 
 
 class RunCheckpoints:
@@ -54,8 +60,8 @@ class RunCheckpoints:
     def find(self) -> CheckpointReader | None:
         """The checkpoint to resume from, none for a fresh run; nothing is written.
 
-        Raises CheckpointError when the newest whole checkpoint is of other data or another batch size, or
-        when there is one and `checkpoint.resume` is "never".
+        Raises CheckpointError when the newest whole checkpoint is of another model, other data or another
+        batch size, or when there is one and `checkpoint.resume` is "never".
         """
         if self._config.checkpoint.resume == "never":
             occupied: bool = self._comm.all_gather_object(self.root.is_dir() and any(self.root.iterdir()))[0]
@@ -93,9 +99,14 @@ class RunCheckpoints:
         """Whether this step ends a save interval or has passed a token milestone."""
         settings = self._config.checkpoint
         by_steps = settings.interval > 0 and state.step % settings.interval == 0
-        every = settings.milestone_tokens
-        before = state.tokens - self._config.tokens_per_step
-        return by_steps or (every > 0 and state.tokens // every > before // every)
+        return by_steps or self._milestone(state) is not None
+
+    def _milestone(self, state: RunState) -> int | None:
+        """The multiple of `checkpoint.milestone_tokens` that the last step has reached, in tokens."""
+        every = self._config.checkpoint.milestone_tokens
+        if every == 0 or state.tokens % every >= self._config.tokens_per_step:
+            return None
+        return state.tokens // every * every or None
 
     def save(self, state: RunState) -> Path:
         """Write a checkpoint, then remove those that retention does not keep."""
@@ -111,6 +122,8 @@ class RunCheckpoints:
             comm=self._comm,
         )
         if self._comm.rank == 0:
+            if (tokens := self._milestone(state)) is not None:
+                link_milestone(path, tokens)
             prune_checkpoints(
                 self.root,
                 keep_last=settings.keep_last,
@@ -133,10 +146,33 @@ class RunCheckpoints:
         }
 
 
+def milestone_name(tokens: int) -> str:
+    """`train_00220B` for 220e9 tokens as in the report (appendix C); other counts in their largest unit."""
+    unit, size = next((u, s) for u, s in (("B", 10**9), ("M", 10**6), ("", 1)) if tokens % s == 0)
+    return f"train_{tokens // size:05d}{unit}"
+
+
+def link_milestone(checkpoint: Path, tokens: int) -> None:
+    """Make or replace the link `milestones/<name>` to a checkpoint, in one step; a failure is only logged."""
+    link = checkpoint.parent / MILESTONES / milestone_name(tokens)
+    temporary = link.with_name(f".{link.name}.tmp")
+    try:
+        link.parent.mkdir(exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(Path("..") / checkpoint.name, target_is_directory=True)
+        os.replace(temporary, link)
+        sync_folder(link.parent)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s is saved, but not linked: %s", checkpoint, error)
+
+
 def _require_same_run(
     reader: CheckpointReader, config: RunConfig, fingerprints: Mapping[str, str | None]
 ) -> None:
-    """The position in the data is step x global batch size: data and size must be what they were."""
+    """The model, the data and the batch size must be what they were: what changes no shape is compared here.
+
+    The position in the data is step x global batch size.
+    """
     for key, now in fingerprints.items():
         stored = reader.meta.get(key)
         if stored != now:
@@ -146,10 +182,18 @@ def _require_same_run(
                 f"{str(now)[:12]}): restore the {what} settings and files of its {CONFIG_FILE}, or start a "
                 "new run in another output_dir with checkpoint.init_from set to this checkpoint"
             )
-    stored_batch = reader.meta["run"]["train"]["global_batch_size"]
-    if stored_batch != config.train.global_batch_size:
+    stored_run = reader.meta["run"]
+    differences = model_differences(stored_run["model"], config.model)
+    differences += [
+        f"{table}.{key} = {was!r}, now {now!r}"
+        for table, key, now in (
+            ("data", "document_masking", config.data.document_masking),
+            ("train", "global_batch_size", config.train.global_batch_size),
+        )
+        if (was := stored_run[table].get(key)) != now
+    ]
+    if differences:
         raise CheckpointError(
-            f"{reader.path} was trained with train.global_batch_size = {stored_batch}, now "
-            f"{config.train.global_batch_size}: samples would be skipped or repeated; keep {stored_batch}, "
-            "or start a new run in another output_dir with checkpoint.init_from set to this checkpoint"
+            f"{reader.path} was trained with {'; '.join(differences)}: keep the settings of its "
+            f"{CONFIG_FILE}, or start a new run in another output_dir"
         )

@@ -13,6 +13,7 @@ from megatron_b2.data.batch import Batch
 from megatron_b2.data.blended import BlendedDataset
 from megatron_b2.data.loader import eval_batches
 from megatron_b2.engine.base import Engine
+from megatron_b2.errors import DataError
 from megatron_b2.training.events import Validation
 
 
@@ -40,8 +41,7 @@ class Validator:
                 dp_size=engine.dp_size,
             )
 
-        whole = max(1, dataset.num_samples // train.global_batch_size)
-        return cls(engine, batches, min(train.eval_batches, whole))
+        return cls(engine, batches, count_batches(dataset, config=config))
 
     def run(self) -> Validation:
         """Evaluate. Cross-entropy is averaged over targets, max-z over positions. Collective."""
@@ -64,3 +64,19 @@ class Validator:
             num_targets=num_targets,
             seconds=time.perf_counter() - start,
         )
+
+
+def count_batches(dataset: BlendedDataset, *, config: RunConfig) -> int:
+    """Global batches of a validation: `train.eval_batches`, or as many as the split holds without repeating.
+
+    Raises DataError when it holds not even one.
+    """
+    train = config.train
+    whole = dataset.num_samples // train.global_batch_size
+    if whole == 0:
+        raise DataError(
+            f"the validation split has {dataset.num_samples} samples of {config.data.seq_len} tokens, "
+            f"fewer than one global batch of train.global_batch_size = {train.global_batch_size}: "
+            "make data.split[1] larger, or 0 to train without validation"
+        )
+    return min(train.eval_batches, whole)

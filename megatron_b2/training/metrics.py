@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_b2.config.schema import RunConfig
-from megatron_b2.documents.atomic import atomic_file
 from megatron_b2.errors import InputError
+from megatron_b2.files.atomic import atomic_file
 from megatron_b2.training.events import Callback, StepEvent, Validation
 from megatron_b2.training.flops import model_flops_utilization
 

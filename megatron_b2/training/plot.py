@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_b2.documents.atomic import atomic_file
+from megatron_b2.files.atomic import atomic_file
 
 PANELS = (
     ("loss", "loss = CE + w · max-z", True),

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from megatron_b2.checkpoint.store import CheckpointReader
-from megatron_b2.checkpoint.weights import load_weights, open_weights
+from megatron_b2.checkpoint.weights import WeightSource, load_weights, model_differences, open_weights
 from megatron_b2.config.checks import check_for_training
 from megatron_b2.config.encode import to_toml
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.blended import BlendedDataset
 from megatron_b2.data.loader import TrainLoader
-from megatron_b2.documents.atomic import atomic_file, write_json
 from megatron_b2.engine.base import Engine
 from megatron_b2.engine.build import build_engine, initialize_engine
-from megatron_b2.errors import TokenizerError
+from megatron_b2.errors import CheckpointError, TokenizerError
+from megatron_b2.files.atomic import atomic_file, write_json
 from megatron_b2.parallel.comm import Comm
 from megatron_b2.tokenizer import load_tokenizer
 from megatron_b2.training.checkpoints import CONFIG_FILE, RunCheckpoints
 from megatron_b2.training.determinism import GarbageCollection, set_determinism
-from megatron_b2.training.evaluate import Validator
+from megatron_b2.training.evaluate import Validator, count_batches
 from megatron_b2.training.events import Callback, Outcome, RunState
 from megatron_b2.training.metrics import JsonlSink, MetricsRecorder, read_metrics
 from megatron_b2.training.plot import plot_metrics
@@ -67,14 +69,20 @@ def pretrain(
     `provenance` (key -> where it was set) makes messages point at the setting. `callbacks` are added to the
     built-in ones. Rank 0 writes metrics.jsonl, tensorboard/, curves.png, summary.json, config.toml and
     checkpoints/ into output_dir; nothing is written before every check has passed. When the outcome is
-    PREEMPTED, all ranks have passed a barrier after the checkpoint was complete. Raises a B2Error otherwise.
+    PREEMPTED, all ranks have passed a barrier after the checkpoint was complete. A run that is complete
+    already is left as it is. Raises a B2Error otherwise.
     """
     set_determinism(seed=config.train.seed, deterministic=config.train.deterministic)
     inputs = open_inputs(config, comm=comm, provenance=provenance)
+    console = console or terminal()
+    if (summary := completed_summary(config, inputs=inputs, comm=comm)) is not None:
+        if comm.rank == 0:
+            console.print(f"{config.name} is complete; a larger train.steps continues it", soft_wrap=True)
+            print_summary(summary, console=console)
+        return Outcome.COMPLETED
     engine = build_engine(config, comm=comm, device=device)
     inputs.checkpoints.attach(engine)
     state = start_state(config, engine=engine, inputs=inputs)
-    console = console or terminal()
     output = Path(config.output_dir)
     reporting: list[Callback] = []
     if comm.rank == 0:
@@ -137,6 +145,8 @@ def open_inputs(
     )
     train = open_split(split="train")
     valid = open_split(split="valid") if config.data.split[1] > 0 else None
+    if valid is not None:
+        count_batches(valid, config=config)
     checkpoints = RunCheckpoints(
         config,
         comm=comm,
@@ -146,8 +156,27 @@ def open_inputs(
     )
     resume = checkpoints.find()
     if resume is None and config.checkpoint.init_from is not None:
-        open_weights(config.checkpoint.init_from)
+        _require_same_model(open_weights(config.checkpoint.init_from, comm=comm), config)
     return RunInputs(train=train, valid=valid, checkpoints=checkpoints, resume=resume)
+
+
+def completed_summary(config: RunConfig, *, inputs: RunInputs, comm: Comm) -> dict[str, Any] | None:
+    """What summary.json says of a run that has nothing left to do; none for any other run. Collective."""
+    path = Path(config.output_dir) / SUMMARY_FILE
+    mine: dict[str, Any] = json.loads(path.read_bytes()) if comm.rank == 0 and path.is_file() else {}
+    summary: dict[str, Any] = comm.all_gather_object(mine)[0]
+    step = None if inputs.resume is None else inputs.resume.step
+    done = (summary.get("outcome"), summary.get("step")) == (Outcome.COMPLETED.value, step)
+    return summary if done and step is not None and step >= config.train.steps else None
+
+
+def _require_same_model(source: WeightSource, config: RunConfig) -> None:
+    """The weights of another model are refused, also where every shape fits."""
+    if differences := model_differences(asdict(source.config), config.model):
+        raise CheckpointError(
+            f"checkpoint.init_from = {source.path} is of a model with {'; '.join(differences)}: set [model] "
+            "to what those weights were trained with, or start from others"
+        )
 
 
 def start_state(config: RunConfig, *, engine: Engine, inputs: RunInputs) -> RunState:
@@ -155,7 +184,7 @@ def start_state(config: RunConfig, *, engine: Engine, inputs: RunInputs) -> RunS
     if inputs.resume is not None:
         return inputs.checkpoints.restore(inputs.resume)
     if config.checkpoint.init_from is not None:
-        load_weights(open_weights(config.checkpoint.init_from), engine.logical_state())
+        load_weights(open_weights(config.checkpoint.init_from, verify=False), engine.logical_state())
         engine.state_loaded()
     else:
         initialize_engine(engine, seed=config.train.seed)

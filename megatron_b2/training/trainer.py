@@ -46,16 +46,21 @@ class Trainer:
         """The last validation."""
 
     def fit(self) -> Outcome:
-        """Train; always ends with a checkpoint of the last step, and when completed with a validation."""
+        """Train; always ends with a checkpoint of the last step, and when completed with a validation.
+
+        A stop signal saves before anything else; a validation that this step asks for comes after it.
+        """
         self.emit("run_begin")
         try:
             while self.state.step < self.config.train.steps:
                 self.train_one()
-                if self.signals.agreed(self.engine.comm):
+                stop = self.signals.agreed(self.engine.comm)
+                if stop:
                     self.save()
-                    return Outcome.PREEMPTED
                 if self.validator is not None and self._every(self.config.train.eval_interval):
                     self.validate(self.validator)
+                if stop:
+                    return Outcome.PREEMPTED
                 if self.checkpoints.due(self.state):
                     self.save()
             if self.validator is not None:

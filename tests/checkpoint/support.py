@@ -38,6 +38,13 @@ class ThreadComm:
         self.barrier()
         return gathered
 
+    def gather_object(self, obj: Any) -> list[Any] | None:
+        gathered = self.all_gather_object(obj)
+        return gathered if self.rank == 0 else None
+
+    def broadcast_object(self, obj: Any) -> Any:
+        return self.all_gather_object(obj)[0]
+
     def all_reduce_max(self, value: int) -> int:
         return max(self.all_gather_object(value))
 
@@ -115,6 +122,13 @@ def save_small(
         files={"config.toml": b"name = 'small'\n"},
         comm=comm or SingleComm(),
     )
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 0x10
+    path.write_bytes(bytes(data))
 
 
 def golden_weights(size: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

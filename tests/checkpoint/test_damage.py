@@ -14,15 +14,9 @@ from megatron_b2.checkpoint import CheckpointReader, latest_checkpoint, list_che
 from megatron_b2.cli.checkpoint import main
 from megatron_b2.errors import CheckpointError
 from megatron_b2.parallel.comm import Comm
-from tests.checkpoint.support import on_threads, save_small
+from tests.checkpoint.support import flip, on_threads, save_small
 
 FILES = ("rank_00000.safetensors", "config.toml", "manifest.json", "SHA256SUMS")
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position % len(data)] ^= 0x10
-    path.write_bytes(bytes(data))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,9 +49,38 @@ def test_no_space_left(small_disk: Path) -> None:
 
 def test_no_space_left_for_an_export(small_disk: Path, tmp_path: Path) -> None:
     source = open_weights(make_hf_folder(tmp_path / "hf", "7b"))
-    with pytest.raises(CheckpointError, match=r"exported was not written, nothing is left: .*No space left"):
+    with pytest.raises(CheckpointError, match=r"cannot write .*exported, nothing is left: No space left"):
         export_hf(source, small_disk / "exported", style="llama")
     assert list(small_disk.iterdir()) == []
+
+
+def limited(body: Callable[[], object]) -> str:
+    """The CheckpointError of `body`, run in a child whose files may not grow beyond 64 KiB: needs no root."""
+
+    def child() -> str:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))
+        with pytest.raises(CheckpointError) as caught:
+            body()
+        return str(caught.value)
+
+    [message] = run_ranks(1, child)
+    return str(message)
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    first = save_small(tmp_path, 1)
+    message = limited(lambda: save_small(tmp_path, 2, size=100_000))
+    assert "step_00000002.tmp/rank_00000.safetensors: File too large" in message
+    assert [p.name for p in tmp_path.iterdir()] == [first.name]
+    assert latest_checkpoint(tmp_path) == first
+
+
+def test_an_export_that_may_not_grow(tmp_path: Path) -> None:
+    source = open_weights(make_hf_folder(tmp_path / "hf", "7b"))
+    message = limited(lambda: export_hf(source, tmp_path / "exported", style="llama"))
+    assert "exported, nothing is left: File too large" in message
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_limit_on_one_rank_stops_all_ranks(tmp_path: Path) -> None:

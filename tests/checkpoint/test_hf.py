@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_b2.checkpoint import hf, load_weights, open_weights, reading
+from megatron_b2.checkpoint import load_weights, open_weights, reading
 from megatron_b2.checkpoint.hf import export_hf, import_hf
 from megatron_b2.checkpoint.hf_shards import parse_size, shard, tensor_files
 from megatron_b2.cli.convert import main
 from megatron_b2.errors import CheckpointError, InputError
+from megatron_b2.ops.norm_head import normalise_rows
 from megatron_b2.tokenizer.training import TrainOptions, train_tokenizer
 from megatron_b2.tokenizer.wrapper import load_tokenizer
-from tests.checkpoint.support import golden_weights, make_hf_folder, whole_state
+from tests.checkpoint.support import flip, golden_weights, make_hf_folder, whole_state
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -188,7 +189,26 @@ def test_memory_is_a_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
     export_hf(source, tmp_path / "out", style="llama")
     assert 0 < largest <= limit
-    assert same_bits(stored(tmp_path / "out"), stored(tmp_path / "out"))
+    monkeypatch.undo()
+    export_hf(source, tmp_path / "at once", style="llama")
+    assert same_bits(stored(tmp_path / "out"), stored(tmp_path / "at once"))
+
+
+def test_damage_is_found_before_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import_hf(open_weights(make_hf_folder(tmp_path / "hf", "7b")), tmp_path / "ours")
+    flip(tmp_path / "ours" / "step_00000000" / "weights_00000.safetensors", 5_000)
+    with pytest.raises(CheckpointError, match=r"weights_00000\.safetensors: damaged, its SHA-256"):
+        main(["hf-export", str(tmp_path / "ours"), str(tmp_path / "back")])
+    assert not (tmp_path / "back").exists()
+    assert open_weights(tmp_path / "ours", verify=False).names()
+
+
+def test_a_folder_with_our_temporary_name_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp" / "keep").write_text("mine")
+    export_hf(open_weights(make_hf_folder(tmp_path / "hf", "7b")), tmp_path / "out", style="llama")
+    assert (tmp_path / "out.tmp" / "keep").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "out.tmp"]
 
 
 def test_tokenizer_files_travel(tmp_path: Path) -> None:
@@ -268,5 +288,5 @@ def test_sizes_and_shards() -> None:
         with pytest.raises(InputError, match="size"):
             parse_size(wrong)
     assert shard([("a", 3), ("b", 9), ("c", 1), ("d", 2)], limit=4) == [["a"], ["b"], ["c", "d"]]
-    rows = hf.normalise_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16))
+    rows = normalise_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.bfloat16))
     assert torch.equal(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))

@@ -207,10 +207,55 @@ def test_loading_lists_everything_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_a_known_model_is_no_weight_source(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="model configuration is not known"):
+    with pytest.raises(CheckpointError, match="not usable: model must be a table, got None"):
         open_weights(save_small(tmp_path, 1))
+    path = save_checkpoint(
+        tmp_path,
+        step=2,
+        tokens=0,
+        state=whole_state({"model/a": torch.zeros(2)}),
+        rank_state={},
+        meta={"run": {"model": {"hidden_size": 8, "ffn_hidden_size": 8, "num_layers": 1, "heads": 2}}},
+        files={},
+        comm=SingleComm(),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"(?s)step_00000002.*unknown key model\.heads.*num_heads is missing"
+    ):
+        open_weights(path)
     with pytest.raises(CheckpointError, match="no such folder"):
         open_weights(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither a checkpoint, nor a run folder"):
         open_weights(tmp_path / "empty")
+
+
+def test_a_rank_sends_only_the_tensors_it_wrote(tmp_path: Path) -> None:
+    """Names that other ranks wrote would cost ranks x tensors of memory on rank 0."""
+    sent: list[list[str]] = []
+
+    class Recorder(SingleComm):
+        rank, size = 1, 2
+
+        def gather_object(self, obj: Any) -> list[Any]:
+            sent.append([name for name, _ in obj.tensors])
+            return [obj]
+
+    (tmp_path / "step_00000001.tmp").mkdir()
+    mine = whole_state({"model/mine": torch.ones(3)})
+    theirs = {"model/theirs": LogicalTensor(shape=(4,), dtype=torch.float32, pieces=())}
+    save_checkpoint(
+        tmp_path, step=1, tokens=0, state=mine | theirs, rank_state={}, meta={}, files={}, comm=Recorder()
+    )
+    assert sent == [[], ["model/mine"], []]
+
+
+def test_a_tensor_that_no_rank_wrote_is_an_error(tmp_path: Path) -> None:
+    state = {"model/nobody": LogicalTensor(shape=(4,), dtype=torch.float32, pieces=())}
+
+    def save(comm: Comm) -> Path:
+        return save_checkpoint(
+            tmp_path, step=1, tokens=0, state=state, rank_state={}, meta={}, files={}, comm=comm
+        )
+
+    assert all("model/nobody: only 0 of 4" in str(error) for error in on_threads(2, save))

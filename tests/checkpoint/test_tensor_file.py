@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,23 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
         open_tensor_file(path)
     assert name in str(missing.value)
     assert name in str(damaged.value)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_a_tensor_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".bin":
+        torch.save({"a": torch.zeros(3)}, path)
+    else:
+        write_tensors(path, [tensor_entry("a", torch.zeros(3))])
+    file = open_tensor_file(path)
+    for index in ((), (slice(0, 1),)):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(str(path))}: .*'b'"):
+            file.read("b", index)
+
+
+def test_a_torch_file_of_something_else_is_named(tmp_path: Path) -> None:
+    for wrong in ([torch.zeros(1)], {"a": 3}):
+        torch.save(wrong, tmp_path / "x.bin")
+        with pytest.raises(CheckpointError, match=r"x\.bin: damaged or not a tensor file"):
+            open_tensor_file(tmp_path / "x.bin")

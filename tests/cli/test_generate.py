@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_b2.cli.generate import Generate, StreamDecoder, Writer, check_sizes, main, read_prompt, report
-from megatron_b2.errors import InputError
+from megatron_b2.errors import CheckpointError, InputError
 
 USER, ASSISTANT, EOS = 300, 301, 2
 
@@ -143,6 +143,11 @@ def test_counts_are_checked(wrong: dict[str, Any]) -> None:
 def test_empty_prompt_is_refused() -> None:
     with pytest.raises(InputError, match="prompt is empty"):
         _writer(ScriptedModel("x"), []).samples("")
+
+
+def test_a_wrong_path_is_named_before_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        main([str(tmp_path / "nowhere"), "--prompt", "x"])
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,11 +239,11 @@ def test_command_line_problems(arguments: list[str], problem: str) -> None:
 
 def test_from_dict_is_strict() -> None:
     mapping = to_dict(load_config("preset:toy").config)
-    assert from_dict(mapping) == load_config("preset:toy").config
+    assert from_dict(RunConfig, mapping) == load_config("preset:toy").config
     mapping["optim"]["max_lrr"] = 3
     del mapping["train"]["steps"]
     with pytest.raises(ConfigError) as caught:
-        from_dict(mapping)
+        from_dict(RunConfig, mapping)
     assert len(caught.value.problems) == 2
 
 
@@ -307,9 +307,9 @@ def strategy(annotation: Any) -> st.SearchStrategy[Any]:
 @hypothesis_settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(strategy(RunConfig))
 def test_round_trips_exactly(config: RunConfig) -> None:
-    assert from_dict(to_dict(config)) == config
+    assert from_dict(RunConfig, to_dict(config)) == config
     for provenance in ({}, dict.fromkeys(("name", "optim.max_lr"), "a\nfile:3")):
-        assert from_dict(tomllib.loads(to_toml(config, provenance=provenance))) == config
+        assert from_dict(RunConfig, tomllib.loads(to_toml(config, provenance=provenance))) == config
 
 
 @pytest.mark.parametrize("name", ["toy", "baichuan2-7b", "baichuan2-13b"])

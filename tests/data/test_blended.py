@@ -165,7 +165,6 @@ def test_blend_draws_by_weight_and_each_sample_once_an_epoch(tmp_path: Path) -> 
     dataset = blend(tmp_path)
     positions = np.arange(1000)
     sources, epochs, samples = dataset.locate(positions)
-    assert (sources == dataset.source_of(positions)).all()
     assert np.abs(np.bincount(sources) - 1000 * np.array([0.7, 0.2, 0.1])).max() < 2
     assert len(set(zip(sources.tolist(), epochs.tolist(), samples.tolist(), strict=True))) == 1000
     first = dataset.sample_batch(positions).input_ids
@@ -327,7 +326,6 @@ def test_offsets_beyond_4_gib(tmp_path: Path) -> None:
     assert out["input_ids"].tolist() == [[2, 3, 4, 5, 6, 7, 8, 9]]
     assert out["labels"].tolist() == [[3, -100, 5, 6, 7, 8, 9, -100]]
     assert out["segment_ids"].tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]
-    assert stream.document_of(3_000_000_006) == 3
     for bad in (3_000_000_001, -1, 2**62):
         with pytest.raises(IndexError, match="leaves a stream of 3000000009"):
             stream.gather(starts=np.array([bad]), **arguments)

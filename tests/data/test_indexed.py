@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
+import signal
 import struct
 import time
 from itertools import chain, pairwise
@@ -22,7 +24,8 @@ from megatron_b2.data.indexed import (
     merge,
     token_dtype,
 )
-from megatron_b2.errors import DataError
+from megatron_b2.errors import DataError, OutputError
+from megatron_b2.testing.fork import run_ranks
 
 # Written by Megatron-LM's own IndexedDatasetBuilder: documents [1,2,3] | [4,5] | [6][7,8,9], int32.
 GOLDEN_IDX = bytes.fromhex(
@@ -126,8 +129,6 @@ def test_ours_opens_an_independent_writers(
     assert dataset.num_tokens == sum(map(len, flat))
     starts = [dataset.stream.document_start(i) for i in range(len(flat) + 1)]
     assert starts == [dataset.document_start(i) for i in range(len(flat) + 1)]
-    owners = [i for i, document in enumerate(flat) for _ in document]
-    assert [dataset.stream.document_of(token) for token in range(len(owners))] == owners
 
 
 def test_merge_equals_writing_at_once(tmp_path: Path) -> None:
@@ -236,3 +237,36 @@ def test_opening_a_large_index_reads_only_its_ends(tmp_path: Path) -> None:
     assert len(dataset.fingerprint) == 64
     assert time.perf_counter() - start < 1.0
     assert dataset.num_tokens == 400_000_000_000
+
+
+SHORT = np.ones(100, dtype="<i8")
+"""Lengths of documents so short that the .idx is larger than the .bin."""
+
+
+def test_a_full_disk_leaves_neither_file(tmp_path: Path) -> None:
+    """The .bin fits, the .idx does not: a .bin alone would look like data."""
+    for part in ("part0", "part1"):
+        with IndexedDatasetBuilder(tmp_path / part, dtype="uint16") as builder:
+            builder.add_documents(SHORT, SHORT)
+    before = sorted(tmp_path.iterdir())
+
+    def write() -> None:
+        with IndexedDatasetBuilder(tmp_path / "written", dtype="uint16") as builder:
+            builder.add_documents(SHORT, SHORT)
+
+    def child() -> list[str]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
+        messages = []
+        for body in (write, lambda: merge([tmp_path / "part0", tmp_path / "part1"], tmp_path / "merged")):
+            with pytest.raises(OutputError) as caught:
+                body()
+            messages.append(str(caught.value))
+        return messages
+
+    [messages] = run_ranks(1, child)
+    assert [
+        f"{name}.idx: File too large" in text
+        for name, text in zip(("written", "merged"), messages, strict=True)
+    ]
+    assert sorted(tmp_path.iterdir()) == before

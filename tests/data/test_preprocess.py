@@ -30,6 +30,7 @@ from megatron_b2.cli import data as data_command
 from megatron_b2.cli import preprocess as preprocess_command
 from megatron_b2.cli.main import main as b2
 from megatron_b2.config.schema import DataConfig, SourceConfig
+from megatron_b2.data import indexed
 from megatron_b2.data.blended import BlendedDataset
 from megatron_b2.data.indexed import IndexedDataset
 from megatron_b2.data.manifest import Counts, read_manifest
@@ -236,6 +237,44 @@ def test_existing_output(tmp_path: Path, tokenizer_path: Path, other_tokenizer_p
     assert IndexedDataset(output).num_tokens == replaced.manifest.tally.total.tokens
 
 
+def test_a_marker_of_another_job_does_not_open_the_way(tmp_path: Path, tokenizer_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "in.jsonl", texts(20)), tmp_path / "x"
+    first = preprocess([source], tokenizer=tokenizer_path, output=output)
+    before = contents(output)
+    (tmp_path / "x.parts").mkdir()
+    (tmp_path / "x.parts" / "job.json").write_text('{"job": "other"}')
+    (tmp_path / "x.parts" / "publishing").write_text('{"job": "other"}')
+    with pytest.raises(DataError, match=r"x\.bin exists and was made from other inputs"):
+        preprocess([source], tokenizer=tokenizer_path, output=output, end_of_document=False)
+    assert contents(output) == before
+    (tmp_path / "x.parts" / "publishing").write_text(json.dumps({"job": first.manifest.job}))
+    (tmp_path / "x.json").unlink()
+    assert not preprocess([source], tokenizer=tokenizer_path, output=output).already_done
+    assert contents(output) == before
+
+
+def test_other_data_of_equal_size_is_other_data(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are sampled, their manifests are not: a change between the samples is seen."""
+    monkeypatch.setattr(indexed, "_SAMPLED_BYTES", 2)
+    monkeypatch.setattr(indexed, "_SAMPLED_BLOCKS", 2)
+    seen = []
+    for name, word in (("a", "quick"), ("b", "brown"), ("c", "quick")):
+        lines = ["the fox", f"the {word} {word} fox", "the fox"]
+        preprocess(
+            [write_jsonl(tmp_path / name / "in.jsonl", lines)],
+            tokenizer=tokenizer_path,
+            output=tmp_path / name / "x",
+        )
+        sources = (SourceConfig(prefix=str(tmp_path / name / "x")),)
+        data = DataConfig(sources=sources, seq_len=2, split=(1, 0, 0))
+        seen.append(BlendedDataset.build(data, split="train", seed=0))
+    assert len({dataset.sources[0].dataset.fingerprint for dataset in seen}) == 1
+    a, b, c = (dataset.fingerprint for dataset in seen)
+    assert a == c != b
+
+
 def test_bad_arguments_write_nothing(tmp_path: Path, tokenizer_path: Path) -> None:
     empty = tmp_path / "in" / "empty.jsonl"
     empty.parent.mkdir()
@@ -272,7 +311,7 @@ def test_a_file_that_cannot_be_written_is_one_error(tmp_path: Path, tokenizer_pa
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert run.returncode == 2
-    assert re.fullmatch(r"error: cannot write .*000000\.bin: File too large\n", run.stderr)
+    assert re.fullmatch(r"error: cannot write .*000000\.bin and .*000000\.idx: File too large\n", run.stderr)
     assert files(tmp_path / "out") == []
 
 
@@ -323,7 +362,7 @@ def test_data_of_another_tokenizer_does_not_open(
         )
     (tmp_path / "x.json").unlink()
     unknown = BlendedDataset.build(data, split="train", seed=0, expected_tokenizer="0" * 64)
-    assert unknown.fingerprint == dataset.fingerprint
+    assert unknown.fingerprint != dataset.fingerprint  # what it was made from is not known any more
     valid = replace(data, split=(0.5, 0.5, 0.0))
     assert BlendedDataset.build(valid, split="valid", seed=0).num_samples > 0
 

@@ -173,9 +173,9 @@ def test_deepspeed_reads_it_as_meant(precision: Any, stage: Any) -> None:
     generated = deepspeed_json(config, world_size=1)
     read = DeepSpeedConfig(copy.deepcopy(generated))
     assert (read.train_batch_size, read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (
-        16,
-        8,
-        2,
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        config.train.global_batch_size // config.train.micro_batch_size,
     )
     assert read.gradient_clipping == 0.5
     assert read.bfloat16_config.enabled == (precision == "bf16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_b2.errors import LaunchError
@@ -178,3 +179,13 @@ def test_another_group_already_open_is_an_error() -> None:
         return str(caught.value)
 
     assert "rank 11 of 16" in run_ranks(1, body)[0]
+
+
+def test_deepspeeds_switch_keeps_a_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert LaunchEnvironment.detect(TORCHRUN).device.type == "cuda"
+    env = LaunchEnvironment.detect(TORCHRUN | {"DS_ACCELERATOR": "cpu"})
+    assert env.device.type == "cpu"
+    exported: dict[str, str] = {}
+    env.export(exported)
+    assert exported["DS_ACCELERATOR"] == "cpu"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
-from megatron_b2.errors import B2Error, InputError
+from megatron_b2.errors import B2Error, InputError, OutputError
 from megatron_b2.tokenizer import load_tokenizer
 from megatron_b2.tokenizer.sampling import num_copies, parse_weights, sampling_rates
 from megatron_b2.tokenizer.symbols import user_defined_symbols
@@ -105,7 +105,7 @@ def test_training_is_deterministic_and_atomic(trained: Path, corpus: Path, tmp_p
     out = tmp_path / "t"
     report = train_tokenizer([corpus], out, options=options)
     assert report["model_sha256"] == load_tokenizer(trained).fingerprint
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         train_tokenizer([corpus], out, options=options)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
     with pytest.raises(InputError, match=r"bad\.jsonl:2: not valid JSON"):

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +16,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_b2.checkpoint.catalog import list_checkpoints
 from megatron_b2.checkpoint.store import CheckpointReader
+from megatron_b2.cli import checkpoint as checkpoint_command
 from megatron_b2.config import load_config
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import B2Error, CheckpointError, ConfigError, DataError
 from megatron_b2.optim.schedule import learning_rate
 from megatron_b2.parallel.comm import ProcessGroupComm
 from megatron_b2.testing.fork import run_ranks
+from megatron_b2.training.checkpoints import milestone_name
 from megatron_b2.training.events import Callback, Outcome, StepEvent
 from megatron_b2.training.metrics import read_metrics
+from tests.checkpoint.support import flip
 from tests.training.runs import run, run_config, write_data
 
 
@@ -159,9 +163,21 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tmp_path: Path
 def test_running_a_finished_run_again_changes_nothing(tmp_path: Path, prefix: Path) -> None:
     config = run_config(tmp_path, prefix)
     run(config)
-    lines = _train_lines(config)
+    output = Path(config.output_dir)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     assert run(config) is Outcome.COMPLETED
-    assert _train_lines(config) == lines
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert run(replace(config, train=replace(config.train, steps=9))) is Outcome.COMPLETED
+    assert _train_lines(config)[-1]["step"] == 9
+
+
+def test_a_signal_does_not_lose_the_validation_of_its_step(tmp_path: Path, prefix: Path) -> None:
+    config = run_config(tmp_path, prefix, train={"eval_interval": 3})
+    assert run(config, SignalAt(3)) is Outcome.PREEMPTED
+    assert run(config, SignalAt(8)) is Outcome.PREEMPTED
+    assert run(config) is Outcome.COMPLETED
+    records = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "valid"] == [3, 6, 8]
 
 
 def test_init_from_takes_the_weights_only(tmp_path: Path, prefix: Path) -> None:
@@ -181,15 +197,50 @@ def test_init_from_takes_the_weights_only(tmp_path: Path, prefix: Path) -> None:
     assert torch.allclose(before[name], after[name], atol=1e-8)
 
 
+def test_init_from_refuses_another_model_and_damage(tmp_path: Path, prefix: Path) -> None:
+    first = run_config(tmp_path / "a", prefix)
+    run(first)
+    checkpoint = {"init_from": first.output_dir}
+    other = run_config(tmp_path / "b", prefix, checkpoint=checkpoint, model={"norm_eps": 1e-5, "init_std": 0.1})
+    with pytest.raises(CheckpointError, match=r"init_from = .* with model.norm_eps = 1e-06, now 1e-05: set"):
+        run(other)
+    flip(Path(first.output_dir) / "checkpoints" / "step_00000008" / "rank_00000.safetensors", 4_000)
+    with pytest.raises(CheckpointError, match=r"rank_00000\.safetensors: damaged, its SHA-256"):
+        run(run_config(tmp_path / "b", prefix, checkpoint=checkpoint))
+    assert not Path(other.output_dir).exists()
+
+
 def test_token_milestones_are_saved_and_kept(tmp_path: Path, prefix: Path) -> None:
     # 64 tokens a step: 150, 300 and 450 are first reached after steps 3, 5 and 8.
     config = run_config(tmp_path, prefix, checkpoint={"interval": 0, "milestone_tokens": 150, "keep_last": 1})
     run(config)
-    assert [info.step for info in list_checkpoints(Path(config.output_dir) / "checkpoints")] == [3, 5, 8]
+    root = Path(config.output_dir) / "checkpoints"
+    assert [info.step for info in list_checkpoints(root)] == [3, 5, 8]
+    links = {link.name: link.readlink().name for link in (root / "milestones").iterdir()}
+    assert links == {
+        "train_00150": "step_00000003",
+        "train_00300": "step_00000005",
+        "train_00450": "step_00000008",
+    }
+    assert CheckpointReader(root / "milestones" / "train_00300").step == 5
+    assert checkpoint_command.main(["list", config.output_dir, "--json", str(tmp_path / "list.json")]) == 0
+    listed = json.loads((tmp_path / "list.json").read_text())
+    assert [row["milestone"] for row in listed] == sorted(links)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "name"), [(220 * 10**9, "train_00220B"), (5 * 10**6, "train_00005M"), (1_500, "train_01500")]
+)
+def test_milestones_are_named_by_tokens(tokens: int, name: str) -> None:
+    assert milestone_name(tokens) == name
 
 
 def _other_seed(config: RunConfig) -> RunConfig:
     return replace(config, train=replace(config.train, seed=99))
+
+
+def _change(table: str, **settings: object) -> Callable[[RunConfig], RunConfig]:
+    return lambda config: replace(config, **{table: replace(getattr(config, table), **settings)})
 
 
 def _other_batch(config: RunConfig) -> RunConfig:
@@ -205,6 +256,11 @@ def _never(config: RunConfig) -> RunConfig:
     [
         (_other_seed, "was trained with other data"),
         (_other_batch, "was trained with train.global_batch_size = 4, now 8"),
+        (_change("model", num_heads=4), "was trained with model.num_heads = 2, now 4"),
+        (_change("model", position="alibi"), "was trained with model.position = 'rope', now 'alibi'"),
+        (_change("model", norm_eps=1e-5), "was trained with model.norm_eps = 1e-06, now 1e-05"),
+        (_change("model", rope_base=500.0), r"was trained with model.rope_base = 10000\.0, now 500\.0"),
+        (_change("data", document_masking=False), "data.document_masking = True, now False"),
         (_never, 'checkpoint.resume is "never"'),
     ],
 )
@@ -222,6 +278,7 @@ def test_a_run_is_not_continued_with_other_data(tmp_path: Path, prefix: Path, ch
     [
         ({"train": {"global_batch_size": 3}}, ConfigError, "global_batch_size = 3"),
         ({"data": {"sources": ()}}, ConfigError, "data.sources is empty"),
+        ({"train": {"global_batch_size": 64}}, DataError, "fewer than one global batch"),
         ({"data": {"seq_len": 5000}}, DataError, "no sample of 5001 tokens"),
         ({"checkpoint": {"init_from": "nowhere"}}, CheckpointError, "nowhere"),
     ],

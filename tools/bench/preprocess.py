@@ -45,9 +45,9 @@ print(json.dumps([time.perf_counter() - wall, time.process_time() - cpu]))
 class Options:
     """What is tokenized."""
 
-    input: tuple[Path, ...]
+    input: tuple[Path, ...] = (Path("quickstart/corpus"),)
     """Files or folders of documents."""
-    tokenizer: Path
+    tokenizer: Path = Path("quickstart/tokenizer")
     """tokenizer.model, or the folder that holds it."""
     megabytes: int = 100
     """The input is repeated up to this size, so that starting the processes does not decide."""
@@ -90,6 +90,9 @@ class Variant:
 def main() -> None:
     """Run the benchmark, print the table, write the JSON."""
     options = tyro.cli(Options, description=__doc__)
+    if missing := [str(path) for path in (*options.input, options.tokenizer) if not path.exists()]:
+        names = " and no ".join(missing)
+        sys.exit(f"error: there is no {names}: run `make quickstart` first, or give --input and --tokenizer")
     model = options.tokenizer
     if model.is_dir():
         model = model / "tokenizer.model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
 from typing import Self
@@ -22,9 +23,10 @@ QUIET_INTERVAL = 15.0
 
 
 class ProgressBar:
-    """Progress of one long piece of work, in `unit` ("MB" shows bytes as MB), on stderr.
+    """Progress of one long piece of work, in `unit` ("bytes" are shown as kB, MB, GB), on stderr.
 
     On a terminal a rich bar; otherwise one line every 15 seconds, so that short work prints nothing.
+    `advance` and `update` may be called from several threads.
     """
 
     def __init__(self, title: str, *, total: float | None = None, unit: str = "items") -> None:
@@ -32,6 +34,7 @@ class ProgressBar:
         self._total = total
         self._unit = unit
         self._done = 0.0
+        self._lock = threading.Lock()
         self._started = self._last = time.monotonic()
         console = Console(stderr=True)
         self._bar = _rich_bar(console, unit) if console.is_terminal else None
@@ -50,11 +53,16 @@ class ProgressBar:
             self._bar.stop()
 
     def advance(self, amount: float) -> None:
-        """Add `amount` units (bytes when the unit is MB)."""
-        self.update(self._done + amount)
+        """Add `amount` units."""
+        with self._lock:
+            self._show(self._done + amount)
 
     def update(self, done: float) -> None:
         """Set the amount done so far."""
+        with self._lock:
+            self._show(done)
+
+    def _show(self, done: float) -> None:
         self._done = done
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done)
@@ -90,4 +98,14 @@ def _rich_bar(console: Console, unit: str) -> Progress:
 
 
 def _amount(value: float, unit: str) -> str:
-    return f"{value / 1e6:,.1f} MB" if unit == "MB" else f"{value:,.0f} {unit}"
+    return format_bytes(round(value)) if unit == "bytes" else f"{value:,.0f} {unit}"
+
+
+def format_bytes(count: int) -> str:
+    """A size in decimal units, such as "27.8 GB"."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_b2.documents.atomic import atomic_file, atomic_folder, write_json
-from megatron_b2.errors import InputError
+from megatron_b2.errors import OutputError
+from megatron_b2.files.atomic import atomic_file, atomic_folder, write_json
 
 
 def fill(folder: Path, *, overwrite: bool, fail: bool = False) -> None:
@@ -24,7 +24,7 @@ def test_folder(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == []
     fill(target, overwrite=False)
     (target / "old.txt").write_text("old")
-    with pytest.raises(InputError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         fill(target, overwrite=False)
     with pytest.raises(ValueError, match="stop"):
         fill(target, overwrite=True, fail=True)
@@ -33,15 +33,15 @@ def test_folder(tmp_path: Path) -> None:
     assert [p.name for p in target.iterdir()] == ["new.txt"]
     assert [p.name for p in target.parent.iterdir()] == ["out"]
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="not a folder"):
+    with pytest.raises(OutputError, match="not a folder"):
         fill(tmp_path / "file", overwrite=True)
 
 
 def test_unwritable_place_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write .*x\.json"):
+    with pytest.raises(OutputError, match=r"cannot write .*x\.json"):
         write_json(tmp_path / "file" / "x.json", {})
-    with pytest.raises(InputError, match="cannot write /dev/full/x"), atomic_file(Path("/dev/full/x")):
+    with pytest.raises(OutputError, match="cannot write /dev/full/x"), atomic_file(Path("/dev/full/x")):
         pass
 
 
