@@ -116,7 +116,7 @@ def test_show_prints_the_deepspeed_json(capsys: pytest.CaptureFixture[str]) -> N
     output = capsys.readouterr().out
     generated = json.loads(output[output.index("\n{") :])
     assert generated["gradient_accumulation_steps"] == 32
-    assert "1024 sequences a step = 8 ranks x 32 micro-batches x 4" in output
+    assert "1024 sequences a step = 8 data-parallel ranks x 32 micro-batches x 4" in output
 
 
 def test_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,8 @@ def show(argv: Sequence[str]) -> int:
     )
     if parsed is None:
         return 0
-    resolved, world_size = parsed.load(), _world_size(parsed)
+    resolved = parsed.load()
+    world_size = _world_size(parsed, resolved.config)
     config = resolved.config
     check(config, world_size=world_size, provenance=resolved.provenance)
     uses_deepspeed = config.parallel.engine == "deepspeed"
@@ -105,7 +106,8 @@ def check_action(argv: Sequence[str]) -> int:
     )
     if parsed is None:
         return 0
-    resolved, world_size = parsed.load(), _world_size(parsed)
+    resolved = parsed.load()
+    world_size = _world_size(parsed, resolved.config)
     rules = check_for_training if "training" in parsed.flags else check
     rules(resolved.config, world_size=world_size, provenance=resolved.provenance)
     if resolved.config.parallel.engine == "deepspeed":
@@ -176,8 +178,9 @@ def _preset_row(name: str) -> dict[str, Any]:
     }
 
 
-def _world_size(parsed: ConfigArguments) -> int:
-    text = parsed.flags.get("world-size", "1")
+def _world_size(parsed: ConfigArguments, config: RunConfig) -> int:
+    """As given; else the fewest ranks that the layout runs on."""
+    text = parsed.flags.get("world-size", str(config.parallel.model_ranks))
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--world-size must be a whole number of ranks, 1 or more, got {text!r}")
     return int(text)
@@ -199,13 +202,14 @@ def _as_json(
 def _summary(resolved: ResolvedConfig, world_size: int) -> list[str]:
     config = resolved.config
     train = config.train
-    accumulation = train.accumulation_steps(world_size)
+    data = config.parallel.data_size(world_size)
+    accumulation = train.accumulation_steps(data)
     return [
         f"{config.model.num_parameters:,} parameters",
         f"{config.tokens_per_step:,} tokens a step x {train.steps:,} steps = "
         f"{config.tokens_per_step * train.steps:,} tokens",
-        f"{train.global_batch_size} sequences a step = {world_size} ranks x {accumulation} micro-batches "
-        f"x {train.micro_batch_size}",
+        f"{train.global_batch_size} sequences a step = {data} data-parallel ranks x {accumulation} "
+        f"micro-batches x {train.micro_batch_size}",
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_b2.cli.config_arguments import ConfigArguments, Flag, parse
 from megatron_b2.cli.main import run
+from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import InputError
 from megatron_b2.training.signals import EXIT_REQUEUE, StopSignals
 
@@ -69,6 +70,18 @@ def _dry_run(arguments: ConfigArguments) -> int:
     return 0
 
 
+def _chosen(config: RunConfig, *, world_size: int, is_first: bool) -> RunConfig:
+    """With parallel.auto, what fits the memory; the first rank says why."""
+    if not config.parallel.auto:
+        return config
+    from megatron_b2.layouts.auto import resolve_auto
+
+    choice = resolve_auto(config, world_size=world_size)
+    if is_first:
+        print("\n".join(choice.reasons()), flush=True)
+    return choice.config
+
+
 def _train(arguments: ConfigArguments, signals: StopSignals) -> int:
     from datetime import timedelta
 
@@ -78,11 +91,10 @@ def _train(arguments: ConfigArguments, signals: StopSignals) -> int:
 
     resolved = arguments.load()
     env = LaunchEnvironment.detect()
-    timeout = timedelta(minutes=resolved.config.parallel.timeout_minutes)
+    config = _chosen(resolved.config, world_size=env.world_size, is_first=env.rank == 0)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
     comm = initialize_distributed(env, timeout=timeout)
-    outcome = pretrain(
-        resolved.config, comm=comm, device=env.device, signals=signals, provenance=resolved.provenance
-    )
+    outcome = pretrain(config, comm=comm, device=env.device, signals=signals, provenance=resolved.provenance)
     if outcome is Outcome.PREEMPTED:
         signals.ignore()
     shutdown_distributed()  # not after an error: it could wait for ranks that are stuck

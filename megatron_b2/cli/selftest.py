@@ -11,8 +11,8 @@ from pathlib import Path
 import tyro
 
 from megatron_b2.cli.main import run
-from megatron_b2.documents.atomic import atomic_file, write_json
 from megatron_b2.errors import InputError
+from megatron_b2.files.atomic import atomic_file, write_json
 
 HELP = "prove on this machine that every parallel layout equals one process"
 
@@ -69,12 +69,8 @@ def _layouts(options: Layouts) -> int:
         result = layouts.compare(case, references[case.style], seed=options.seed)
         results.append(result)
         left = (time.monotonic() - start) / index * (len(chosen) - index)
-        verdict = "ok" if result.passed else result.failure or f"DIFFERS in {result.worst_parameter}"
-        print(
-            f"{index:4}/{len(chosen)}  {case.name:46}  loss {result.losses:.1e}  norm {result.grad_norm:.1e}  "
-            f"gradients {result.gradients:.1e}  parameters {result.parameters:.1e}  {verdict}  left {left:.0f} s",
-            flush=True,
-        )
+        progress = f"{index:4}/{len(chosen)}  left {left:4.0f} s"
+        print(f"{progress}  {case.name:46}  {result.describe()}", flush=True)
     failed = [result for result in results if not result.passed]
     print(f"{len(results) - len(failed)} of {len(results)} equal one process to {layouts.TOLERANCE:.0e}")
     if options.json is not None:

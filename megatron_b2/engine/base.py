@@ -7,21 +7,27 @@ gradients are found before the optimizer moves anything.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_b2.checkpoint.logical import LogicalState
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.engine.finite import FiniteGuard, first_nonfinite_layer
+from megatron_b2.engine.sharded_state import logical_name
 from megatron_b2.errors import NonFiniteError
 from megatron_b2.ops.head_loss import IGNORE_INDEX
+from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 from megatron_b2.parallel.comm import Comm
 from megatron_b2.parallel.layout import Layout
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Engine(ABC):
         self.device = device
         self.layout = layout
         self.coordinates = layout.coordinates(comm.rank)
+        self.crumbs = Breadcrumbs()
+        """Where this rank is, for a watchdog."""
         self.dp_rank = self.coordinates.dp
         self.dp_size = layout.data
 
@@ -120,6 +128,11 @@ class Engine(ABC):
     def state_loaded(self) -> None:
         """Make the working weights follow what was written into `logical_state`."""
 
+    @property
+    def point_to_point_groups(self) -> Sequence[ProcessGroup]:
+        """Groups in which ranks do not all make the same calls."""
+        return ()
+
     # What all share.
 
     def _start(self, module: nn.Module) -> None:
@@ -150,7 +163,8 @@ class Engine(ABC):
             self._discard_gradients()
             grad_norm = torch.full((), torch.nan, device=self.device)
         else:
-            grad_norm = self._update(lr)
+            with self.crumbs.operation("clipping and optimizer step"):
+                grad_norm = self._update(lr)
         ce, max_z = self._means(sums, scales)
         loss = ce + self.config.train.max_z_weight * max_z
         return StepResult(loss, ce, max_z, grad_norm, tokens, skipped)
@@ -206,16 +220,20 @@ class Engine(ABC):
         parameter = self._guard.culprit()
         if not self.comm.all_reduce_max(int(not loss_is_finite or parameter is not None)):
             return False
-        if self.config.train.on_nonfinite == "skip":
-            return True
         finding = None
         if self.comm.all_reduce_max(int(not loss_is_finite)):
             layer = first_nonfinite_layer(self.module, lambda: self._evaluate(micro))
-            finding = layer and f"loss is not finite, first seen in the output of {layer}"
+            if layer is not None or not loss_is_finite:
+                where = f"first seen in the output of {layer}" if layer else "though not when computed again"
+                finding = f"loss is not finite, {where}"
         elif parameter is not None:
-            finding = f"gradient of {parameter} is not finite"
+            finding = f"gradient of {logical_name(parameter)} is not finite"
         findings = self.comm.all_gather_object(finding)
         lines = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(findings) if text is not None)
+        if self.config.train.on_nonfinite == "skip":
+            if self.comm.rank == 0:
+                LOGGER.warning("step %d skipped: %s", step, lines)
+            return True
         raise NonFiniteError(
             f"step {step}: {lines}. Nothing was updated: resume from the last checkpoint with a lower "
             'optim.max_lr, or set train.on_nonfinite = "skip"'

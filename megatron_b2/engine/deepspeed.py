@@ -18,6 +18,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_b2.checkpoint.logical import LogicalState
 from megatron_b2.config.schema import RunConfig
@@ -96,6 +97,7 @@ class DeepSpeedEngine(Engine):
             self.config.model,
             split=split,
             recompute=train.recompute,
+            recompute_layers=train.recompute_layers,
             dtype=DTYPES[train.precision],
             device=self.device,
         )
@@ -103,16 +105,21 @@ class DeepSpeedEngine(Engine):
     def _accumulate(self, micro: Sequence[Batch], ce_scale: Tensor, z_scale: Tensor) -> Tensor:
         if isinstance(self.module, PipelinedModel):
             self._engine.set_gradient_accumulation_boundary(False)
-            sums = self.module.train_batch(micro, ce_scale, z_scale, after_backward=self._after_backward)
+            sums = self.module.train_batch(
+                micro, ce_scale, z_scale, crumbs=self.crumbs, after_backward=self._after_backward
+            )
             self._engine.set_gradient_accumulation_boundary(True)
-            self._engine.allreduce_gradients()
+            with self.crumbs.operation("reduction of gradients"):
+                self._engine.allreduce_gradients()
             return sums
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(micro):
-            out = run_model(self._engine, batch, ce_scale, z_scale)
-            # A fresh tensor: at stage 0 DeepSpeed 0.19.8 divides the gradient of a forward output by the number
-            # of micro-batches in spite of scale_wrt_gas=False.
-            self._engine.backward(out.total * 1.0, scale_wrt_gas=False)
+            with self.crumbs.operation("forward", micro=index):
+                out = run_model(self._engine, batch, ce_scale, z_scale)
+            # A fresh tensor: at stage 0 DeepSpeed 0.19.8 divides the gradient of a forward output by the
+            # number of micro-batches in spite of scale_wrt_gas=False.
+            with self.crumbs.operation("backward and reduction of gradients", micro=index):
+                self._engine.backward(out.total * 1.0, scale_wrt_gas=False)
             if index < len(micro) - 1:
                 self._engine.step()
             sums += torch.stack([out.ce, out.max_z])
@@ -143,11 +150,17 @@ class DeepSpeedEngine(Engine):
         return norm
 
     def _whole_gradient_norm(self) -> Tensor:
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None and p.tensor_model_parallel]
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None and is_counted(p)]
         norm = nn.utils.get_total_norm(grads).square()
         if self._groups.layout.tensor * self._groups.layout.pipeline > 1:
             dist.all_reduce(norm, group=self._groups.model)
         return norm.sqrt()
+
+    @property
+    def point_to_point_groups(self) -> Sequence[ProcessGroup]:
+        """The pipeline's."""
+        pipeline = (self._groups.pp, self._groups.pp_gradients)
+        return [group for group in pipeline if group is not None]
 
     def _discard_gradients(self) -> None:
         self._zero_state.discard_gradients()
@@ -172,7 +185,7 @@ class DeepSpeedEngine(Engine):
 
 
 class _ModelParallelUnit:
-    """What DeepSpeed calls an mpu: its data-parallel group is ours of equal weights, its model group TP x PP."""
+    """What DeepSpeed calls an mpu: data-parallel ranks are those of equal weights, model ranks TP x PP."""
 
     def __init__(self, groups: ParallelGroups) -> None:
         self._groups = groups
@@ -228,6 +241,12 @@ def _stamp(module: nn.Module, *, tensor_rank: int) -> None:
     for name, parameter in module.named_parameters():
         is_split = shard_spec(logical_name(name)).dim is not None
         parameter.tensor_model_parallel = is_split or tensor_rank == 0  # type: ignore[attr-defined]
+
+
+def is_counted(parameter: nn.Parameter) -> bool:
+    """Whether this rank counts a stamped parameter in the gradient norm."""
+    counted: bool = parameter.tensor_model_parallel  # type: ignore[attr-defined]
+    return counted
 
 
 def reduce_sequence_gradients(module: nn.Module, tensor: TensorParallel) -> None:

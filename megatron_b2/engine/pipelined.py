@@ -12,6 +12,7 @@ from megatron_b2.data.batch import Batch
 from megatron_b2.model.model import BaichuanModel
 from megatron_b2.model.split import ModelSplit
 from megatron_b2.ops.head_loss import HeadLoss
+from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 from megatron_b2.parallel.groups import ParallelGroups
 from megatron_b2.pipeline.partition import stage_layers
 from megatron_b2.pipeline.runner import PipelineRunner
@@ -47,6 +48,7 @@ class PipelinedModel(nn.Module):
                 split=split,
                 stage=stages[stage],
                 recompute=config.train.recompute,
+                recompute_layers=config.train.recompute_layers,
                 dtype=dtype,
                 device=device,
             )
@@ -58,11 +60,13 @@ class PipelinedModel(nn.Module):
             num_ranks=num_ranks,
             num_chunks=num_chunks,
             group=groups.pp,
+            gradient_group=groups.pp_gradients,
             dtype=dtype,
             device=device,
             split_backward=config.train.recompute != "full",
         )
         self._hidden_size = config.model.hidden_size
+        self._tensor = split.tensor
 
     def train_batch(
         self,
@@ -70,15 +74,25 @@ class PipelinedModel(nn.Module):
         ce_scale: Tensor,
         z_scale: Tensor,
         *,
+        crumbs: Breadcrumbs,
         after_backward: Callable[[], None],
     ) -> Tensor:
-        """Forward and backward of this rank's chunks; sums [ce, max_z], fp64, zero except on the last rank."""
+        """Forward and backward of this rank's chunks; sums [ce, max_z], fp64, zero but on the last rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=ce_scale.device)
+
+        def forward(chunk: int, index: int, x: Tensor | None) -> Tensor:
+            crumbs.mark("pipeline, forward last begun", micro=index)
+            return self._stage(chunk, micro[index], x, ce_scale, z_scale, sums)
+
+        def after(_chunk: int, index: int) -> None:
+            after_backward()
+            crumbs.mark("pipeline, backward last done", micro=index)
+
         self._runner.run(
-            lambda chunk, index, x: self._stage(chunk, micro[index], x, ce_scale, z_scale, sums),
+            forward,
             num_micro=len(micro),
             shape=self._activation_shape(micro[0]),
-            after_backward=lambda _chunk, _micro: after_backward(),
+            after_backward=after,
         )
         return sums
 
@@ -111,6 +125,6 @@ class PipelinedModel(nn.Module):
         return activation
 
     def _activation_shape(self, batch: Batch) -> tuple[int, int, int]:
-        tensor = self.chunks[0].split.tensor
         rows, length = batch.input_ids.shape
-        return rows, length // tensor.size if tensor.sequence_parallel else length, self._hidden_size
+        shard = self._tensor.size if self._tensor.sequence_parallel else 1
+        return rows, length // shard, self._hidden_size

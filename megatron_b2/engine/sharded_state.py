@@ -1,4 +1,4 @@
-"""From the tensors that a rank trains on to pieces of whole parameters: tensor shards, ZeRO partitions, stages."""
+"""From what a rank trains on to pieces of whole parameters: tensor shards, ZeRO partitions, stages."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ from megatron_b2.checkpoint.logical import LogicalState
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.engine.base import Engine
-from megatron_b2.model.model import BaichuanModel
 from megatron_b2.engine.sharded_state import whole_state
+from megatron_b2.model.model import BaichuanModel
 from megatron_b2.ops.head_loss import HeadLoss
 from megatron_b2.optim.adamw import build_adamw, create_state
-from megatron_b2.parallel.layout import Layout
 from megatron_b2.parallel.comm import Comm
+from megatron_b2.parallel.layout import Layout
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,4 +1,4 @@
-"""Where each ZeRO stage of DeepSpeed keeps fp32 weights and AdamW moments. Works on its objects, imports nothing."""
+"""Where each ZeRO stage of DeepSpeed keeps fp32 weights and AdamW moments; does not import it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_b2.checkpoint.logical import LogicalState
+from megatron_b2.config.schema import ModelConfig
 from megatron_b2.engine.sharded_state import KINDS, Fragment, logical_name, sharded_state
-from megatron_b2.model.model import ModelConfig
 from megatron_b2.optim.adamw import create_state
 from megatron_b2.parallel.layout import Coordinates, Layout
 
@@ -100,6 +100,8 @@ class ZeroState:
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
             if self._zero.persistent_parameters:
                 self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+            # The copies that hpZ keeps in the node are of the weights before.
+            self._zero.invalidate_secondary_tensor()
 
     def discard_gradients(self) -> None:
         """Drop the gradients of an unfinished step."""

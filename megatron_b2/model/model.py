@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, V vocabulary, h hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -85,6 +86,7 @@ class BaichuanModel(nn.Module):
         split: tensor- and context-parallel ranks; every rank of them gets the same input ids.
         stage: the layers to make; none makes all.
         recompute: what the backward pass recomputes instead of keeping.
+        recompute_layers: blocks (global indices) that do; empty means all.
         dtype: of parameters and activations.
         device: "meta" builds the 13B shape in a moment.
     """
@@ -96,6 +98,7 @@ class BaichuanModel(nn.Module):
         split: ModelSplit | None = None,
         stage: StageLayers | None = None,
         recompute: Recompute = "none",
+        recompute_layers: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -103,7 +106,8 @@ class BaichuanModel(nn.Module):
         self.config = config
         self.split = split = split or ModelSplit()
         self.stage = stage = stage or StageLayers.whole(config.num_layers)
-        self.recompute = recompute
+        chosen = stage.layers if recompute == "none" or not recompute_layers else recompute_layers
+        self._recomputed_whole = frozenset(map(str, chosen)) if recompute == "full" else frozenset()
         if stage.has_embedding:
             self.embedding = Embedding(config, split=split, dtype=dtype, device=device)
         # Keys are global layer indices, so that a parameter has one name in every layout.
@@ -112,7 +116,7 @@ class BaichuanModel(nn.Module):
                 str(index): Block(
                     config,
                     split=split,
-                    recompute_core=recompute == "selective",
+                    recompute_core=recompute == "selective" and index in chosen,
                     dtype=dtype,
                     device=device,
                 )
@@ -151,8 +155,8 @@ class BaichuanModel(nn.Module):
         positions = self._positions(x, length, segment_ids, position_ids, cache)
         if self.stage.has_embedding:
             x = self.embedding(x)
-        for index, block in enumerate(self.layers.values()):
-            if self.recompute == "full" and torch.is_grad_enabled():
+        for index, (name, block) in enumerate(self.layers.items()):
+            if name in self._recomputed_whole and torch.is_grad_enabled():
                 x = checkpoint(block, x, positions, use_reentrant=False)
             else:
                 x = block(x, positions, cache, index)

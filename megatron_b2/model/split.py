@@ -1,4 +1,4 @@
-"""How one model is split over ranks: tensor and context parallelism, and the part that a pipeline stage has."""
+"""How one model is split over ranks: tensor and context parallelism, and pipeline stages."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ class _NormHeadLoss(torch.autograd.Function):
             top = _Column.of(whole.top_index - tensor.rank * len(weight), len(weight))
             prob_grad = (ce_grad * (local.lse - whole.lse).exp()).unsqueeze(1)
             columns = (
-                (target.index, target.column_grad(-ce_grad, inverse_norms)),
-                (top.index, top.column_grad(2 * z_scale * whole.top, inverse_norms)),
+                (target.row, target.column_grad(-ce_grad, inverse_norms)),
+                (top.row, top.column_grad(2 * z_scale * whole.top, inverse_norms)),
             )
             probs = probs.to(weight.dtype)
             grad_x = torch.matmul(probs, weight).float().mul_(prob_grad)
@@ -107,7 +107,7 @@ class _NormHeadLoss(torch.autograd.Function):
 class _Column(NamedTuple):
     """One vocabulary column a token, as this rank sees it."""
 
-    index: Tensor
+    row: Tensor
     """int64 [T], row of the local weight; 0 where another rank holds it."""
     is_here: Tensor
     """bool [T]."""
@@ -119,7 +119,7 @@ class _Column(NamedTuple):
 
     def column_grad(self, grad: Tensor, inverse_norms: Tensor) -> Tensor:
         """Gradient [T, 1] of the raw product in this column, zero where another rank holds it."""
-        return (grad * inverse_norms[self.index] * self.is_here).unsqueeze(1)
+        return (grad * inverse_norms[self.row] * self.is_here).unsqueeze(1)
 
 
 class _Statistics(NamedTuple):
@@ -165,7 +165,7 @@ def _softmax_(logits: Tensor, inverse_norms: Tensor, target: _Column) -> _Statis
     """Turn raw products [T, V] into n_v p_v in place, a few cache-sized rows at a time."""
     parts = []
     rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
-    for block, wanted in zip(logits.split(rows), target.index.split(rows), strict=True):
+    for block, wanted in zip(logits.split(rows), target.row.split(rows), strict=True):
         block.mul_(inverse_norms)
         top, top_index = block.max(dim=1)
         target_logit = block.gather(1, wanted.unsqueeze(1)).squeeze(1)
@@ -207,8 +207,9 @@ def norm_head_loss(
 
     Args:
         hidden: [T, H] final hidden states.
-        weight: [V, H] raw NormHead rows, same dtype; with tensor parallelism rows rank V.. of the vocabulary.
-        labels: int64 [T], the same on every rank of the group; -100 takes no part in the cross-entropy but does in max-z, as published.
+        weight: [V, H] raw NormHead rows, same dtype; with tensor parallelism the rows from rank * V on.
+        labels: int64 [T], the same on every rank of the group; -100 takes no part in the cross-entropy but
+            does in max-z, as published.
         ce_scale: factor of the cross-entropy sum, normally 1 / (targets of the global batch).
         z_scale: factor of the max-z sum, normally max_z_weight / (positions of the global batch).
         tensor: the ranks that hold the other rows. Losses are the same bits on all; the gradient of `hidden`

@@ -1,4 +1,4 @@
-"""Differentiable collectives of tensor and sequence parallelism (Megatron-LM's f, g and their sequence forms).
+"""Differentiable collectives of tensor and sequence parallelism: whole (Megatron-LM's f, g) and by sequence.
 
 Each pairs a forward with the backward that makes the gradient of the whole computation right when every rank
 of the group holds the same loss. Shapes: B batch, S sequence, h hidden; the sequence is dimension 1.

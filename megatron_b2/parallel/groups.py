@@ -13,7 +13,7 @@ from megatron_b2.parallel.layout import Coordinates, GroupKind, Layout
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """The groups that this rank belongs to; tp, cp and pp are none if they would have one rank."""
+    """The groups that this rank belongs to; tp, cp, pp are none if they would have one rank."""
 
     layout: Layout
     coordinates: Coordinates
@@ -23,6 +23,8 @@ class ParallelGroups:
     """Context parallel: ranks that work on the other parts of the same sequences."""
     pp: ProcessGroup | None
     """Pipeline: the other stages of the same micro-batches."""
+    pp_gradients: ProcessGroup | None
+    """The same ranks again for gradients: NCCL orders the messages of a group, so the directions need two."""
     data_context: ProcessGroup
     """Ranks with the same shard of the model; ZeRO and gradient sums work over them."""
     model: ProcessGroup
@@ -34,7 +36,7 @@ class ParallelGroups:
         rank = dist.get_rank()
 
         def make(kind: GroupKind) -> ProcessGroup:
-            mine = None
+            mine: ProcessGroup | None = None
             for ranks in layout.groups(kind):
                 group = dist.new_group(ranks, timeout=timeout)
                 mine = group if rank in ranks else mine
@@ -47,6 +49,7 @@ class ParallelGroups:
             tp=make("tp") if layout.tensor > 1 else None,
             cp=make("cp") if layout.context > 1 else None,
             pp=make("pp") if layout.pipeline > 1 else None,
+            pp_gradients=make("pp") if layout.pipeline > 1 else None,
             data_context=make("data_context"),
             model=make("model"),
         )

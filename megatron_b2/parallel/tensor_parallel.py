@@ -29,7 +29,7 @@ class TensorParallel:
     sequence_parallel: bool = False
 
     def enter(self, x: Tensor) -> Tensor:
-        """The whole [B, S, h] for a column-parallel layer; gradients of all ranks are summed on the way back."""
+        """The whole [B, S, h] for a column-parallel layer; gradients are summed on the way back."""
         if self.group is None:
             return x
         return all_gather_sequence(x, self.group) if self.sequence_parallel else copy_to_group(x, self.group)

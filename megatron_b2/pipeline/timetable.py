@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from megatron_b2.documents.atomic import atomic_file
+from megatron_b2.files.atomic import atomic_file
 from megatron_b2.pipeline.schedule import Kind, Schedule
 from megatron_b2.pipeline.simulate import Durations, simulate
 

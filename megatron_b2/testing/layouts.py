@@ -112,6 +112,16 @@ class Comparison:
         """Whether all are within the tolerance."""
         return max(self.losses, self.grad_norm, self.gradients, self.parameters) <= TOLERANCE
 
+    def describe(self) -> str:
+        """One line for people."""
+        if self.failure:
+            return f"FAILED: {self.failure}"
+        verdict = "ok" if self.passed else f"DIFFERS in {self.worst_parameter}"
+        return (
+            f"loss {self.losses:.1e}  norm {self.grad_norm:.1e}  gradients {self.gradients:.1e}  "
+            f"parameters {self.parameters:.1e}  {verdict}"
+        )
+
 
 def reference_config(style: Style, *, seed: int) -> RunConfig:
     """The same run on one process."""

@@ -30,9 +30,7 @@ def plot_metrics(records: Sequence[Mapping[str, Any]], path: Path, *, title: str
         for kind, style in (("train", "-"), ("valid", "o-")):
             if kind == "valid" and not validated:
                 continue
-            points = [
-                (r["step"], r[field]) for r in records if r["kind"] == kind and r[field] is not None
-            ]
+            points = [(r["step"], r[field]) for r in records if r["kind"] == kind and r[field] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=kind, markersize=4, linewidth=1)
         axes.set_title(label, fontsize=10)

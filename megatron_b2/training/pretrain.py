@@ -36,6 +36,7 @@ from megatron_b2.training.signals import StopSignals
 from megatron_b2.training.summary import print_summary, summarize
 from megatron_b2.training.tensorboard import TensorBoardSink
 from megatron_b2.training.trainer import Trainer
+from megatron_b2.training.watch import WatchCallback, watch_run
 
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
@@ -70,17 +71,44 @@ def pretrain(
     built-in ones. Rank 0 writes metrics.jsonl, tensorboard/, curves.png, summary.json, config.toml and
     checkpoints/ into output_dir; nothing is written before every check has passed. When the outcome is
     PREEMPTED, all ranks have passed a barrier after the checkpoint was complete. A run that is complete
-    already is left as it is. Raises a B2Error otherwise.
+    already is left as it is. Raises a B2Error otherwise. Several ranks are watched from here to the last
+    barrier: see `training/watch.py`.
     """
+    with watch_run(config, comm=comm) as watch:
+        return _pretrain(
+            config,
+            comm=comm,
+            device=device,
+            signals=signals,
+            provenance=provenance,
+            callbacks=callbacks,
+            console=console or terminal(),
+            watch=watch,
+        )
+
+
+def _pretrain(
+    config: RunConfig,
+    *,
+    comm: Comm,
+    device: torch.device,
+    signals: StopSignals,
+    provenance: Mapping[str, str] | None,
+    callbacks: Sequence[Callback],
+    console: Console,
+    watch: WatchCallback,
+) -> Outcome:
     set_determinism(seed=config.train.seed, deterministic=config.train.deterministic)
     inputs = open_inputs(config, comm=comm, provenance=provenance)
-    console = console or terminal()
     if (summary := completed_summary(config, inputs=inputs, comm=comm)) is not None:
         if comm.rank == 0:
             console.print(f"{config.name} is complete; a larger train.steps continues it", soft_wrap=True)
             print_summary(summary, console=console)
         return Outcome.COMPLETED
     engine = build_engine(config, comm=comm, device=device)
+    engine.crumbs = watch.watchdog.crumbs
+    for group in engine.point_to_point_groups:
+        watch.watchdog.ignore_group(group)
     inputs.checkpoints.attach(engine)
     state = start_state(config, engine=engine, inputs=inputs)
     output = Path(config.output_dir)
@@ -105,7 +133,7 @@ def pretrain(
             validator=None
             if inputs.valid is None
             else Validator.of_dataset(inputs.valid, config=config, engine=engine),
-            callbacks=[GarbageCollection(), *reporting, *callbacks],
+            callbacks=[watch, GarbageCollection(), *reporting, *callbacks],
         )
         outcome = trainer.fit()
     if comm.rank == 0:

@@ -84,8 +84,11 @@ def print_plan(config: RunConfig, plan: RunPlan, *, console: Console) -> None:
     points = ", ".join(f"step {step:,}: {rate:.3g}" for step, rate in plan.schedule.items())
     table.add_row("learning rate", points)
     memory = plan.memory
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in asdict(memory).items())
-    table.add_row("memory (estimate)", f"{_gib(memory.total)} a device: {parts}")
+    if config.parallel.model_ranks == 1:
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in asdict(memory).items())
+        table.add_row("memory (estimate)", f"{_gib(memory.total)} a device: {parts}")
+    else:
+        table.add_row("memory", "see `b2 layout check`")
     table.add_row("checkpoint", f"{_gib(plan.checkpoint_bytes)} each, in {config.output_dir}/checkpoints")
     console.print(table)
 

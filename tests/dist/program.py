@@ -17,18 +17,17 @@ from megatron_b2.parallel.launch import LaunchEnvironment, initialize_distribute
 from megatron_b2.training.events import Callback, Outcome
 from megatron_b2.training.pretrain import pretrain
 from megatron_b2.training.signals import StopSignals
-from megatron_b2.training.watch import watch_run
 
 
 def train(config: RunConfig, *, comm: Comm, callbacks: Sequence[Callback] = ()) -> Outcome:
     """`pretrain` under the watchdog, quietly."""
-    with StopSignals() as signals, watch_run(config, comm=comm) as watch:
+    with StopSignals() as signals:
         return pretrain(
             config,
             comm=comm,
             device=torch.device("cpu"),
             signals=signals,
-            callbacks=[watch, *callbacks],
+            callbacks=callbacks,
             console=Console(quiet=True),
         )
 

@@ -32,7 +32,7 @@ def test_three_steps_equal_the_formula_in_float64() -> None:
     assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (BETA1, BETA2, EPS)
     assert (config.optim.weight_decay, config.optim.grad_clip) == (DECAY, CLIP)
     engine = make_engine(config)
-    parameters = dict(engine.model.named_parameters())
+    parameters = dict(engine.module.named_parameters())
     seen: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         parameter.register_post_accumulate_grad_hook(

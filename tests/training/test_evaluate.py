@@ -41,7 +41,7 @@ def test_values_are_means_over_all_targets_and_positions() -> None:
     with torch.no_grad():
         for index in range(BATCHES):
             for batch in batches_of(engine, index):
-                out = engine.model.logits(batch.input_ids, segment_ids=batch.segment_ids)
+                out = engine.module.logits(batch.input_ids, segment_ids=batch.segment_ids)
                 logits.append(out.double().flatten(0, 1))
                 labels.append(batch.labels.flatten())
     scores, targets = torch.cat(logits), torch.cat(labels)
