@@ -56,6 +56,6 @@ def test_three_steps_equal_the_formula_in_float64() -> None:
 
 
 def test_matrices_decay_and_norms_do_not() -> None:
-    names = dict(make_engine(run_config()).model.named_parameters())
+    names = dict(make_engine(run_config()).module.named_parameters())
     for name, parameter in names.items():
         assert has_weight_decay(name) == (parameter.dim() == 2), name
