@@ -224,8 +224,8 @@ class Engine(ABC):
         if self.comm.all_reduce_max(int(not loss_is_finite)):
             layer = first_nonfinite_layer(self.module, lambda: self._evaluate(micro))
             if layer is not None or not loss_is_finite:
-                where = f"first seen in the output of {logical_name(layer)}" if layer else "though not when computed again"
-                finding = f"loss is not finite, {where}"
+                seen = f"first seen in the output of {logical_name(layer)}" if layer else "though not again"
+                finding = f"loss is not finite, {seen}"
         elif parameter is not None:
             finding = f"gradient of {logical_name(parameter)} is not finite"
         findings = self.comm.all_gather_object(finding)

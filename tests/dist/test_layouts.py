@@ -15,7 +15,8 @@ from megatron_b2.checkpoint.store import CheckpointReader
 from megatron_b2.config.schema import ParallelConfig, RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.engine import deepspeed as _preloaded  # noqa: F401 (imported once, before the forks)
-from megatron_b2.engine.build import build_engine, fill_weights
+from megatron_b2.engine.build import build_engine, fill_weights, initialize_engine
+from megatron_b2.errors import NonFiniteError
 from megatron_b2.parallel.comm import ProcessGroupComm
 from megatron_b2.testing import layouts
 from megatron_b2.testing.fork import run_ranks
@@ -193,6 +194,28 @@ def test_bf16_with_pipeline_and_tensor_parallelism(references: dict[str, layouts
         difference = ((trace.steps - references["7b"].steps) / references["7b"].steps).abs()
         assert difference[:, :2].max() < 2e-3
         assert difference[:, 3].max() < 2e-2
+
+
+def poisoned_pipeline(config: RunConfig) -> str:
+    """A NaN in a layer of the last stage, in the second step."""
+    engine = build_engine(config, comm=ProcessGroupComm(), device=torch.device("cpu"))
+    initialize_engine(engine, seed=0)
+    engine.train_step(layouts.micro_batches(engine, 1), lr=1e-4, step=1)
+    blocks = [(n, m) for n, m in engine.module.named_modules() if n.endswith("layers.7.mlp")]
+    for _, block in blocks:
+        block.register_forward_hook(lambda _module, _inputs, out: out * float("nan"))
+    try:
+        engine.train_step(layouts.micro_batches(engine, 2), lr=1e-4, step=2)
+    except NonFiniteError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+def test_a_nan_in_a_pipeline_names_rank_and_layer_everywhere(schedule: Any) -> None:
+    case = layouts.Case("7b", 1, 2, 1, 1, False, 1, False, schedule)
+    for message in run_ranks(2, poisoned_pipeline, case.config(seed=0)):
+        assert "step 2: rank 1: loss is not finite, first seen in the output of layers.7.mlp" in message
 
 
 def test_illegal_layouts_are_refused_before_anything_runs() -> None:
