@@ -29,6 +29,7 @@ from megatron_b2.engine.pipelined import PipelinedModel
 from megatron_b2.engine.sharded_state import logical_name
 from megatron_b2.engine.single import DTYPES, run_model
 from megatron_b2.engine.zero_state import ZeroState
+from megatron_b2.errors import ConfigError
 from megatron_b2.model.model import BaichuanModel
 from megatron_b2.model.sharding import shard_spec
 from megatron_b2.model.split import ModelSplit
@@ -51,10 +52,24 @@ def _prepare() -> None:
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
+def require_quantization_kernels(config: RunConfig, device: torch.device) -> None:
+    """DeepSpeed would fail at its first use of them, in a compiler or in the middle of a step."""
+    names = ("quantized_weights", "quantized_gradients")
+    problems = [
+        f"parallel.{name} = true needs CUDA kernels of DeepSpeed, but this rank computes on "
+        f"{device.type}: turn it off, or start on GPUs"
+        for name in names
+        if getattr(config.parallel, name) and device.type != "cuda"
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 class DeepSpeedEngine(Engine):
     """One rank of a run in any layout; torch.distributed must be initialised."""
 
     def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device) -> None:
+        require_quantization_kernels(config, device)
         layout = Layout.of(config.parallel, world_size=comm.size)
         super().__init__(config, comm=comm, device=device, layout=layout)
         _prepare()

@@ -115,6 +115,9 @@ class ZeroState:
                 self._zero.averaged_gradients[group] = None
                 self._zero.all_grad_tensors[group] = None
             self._zero._release_preflattened_grad_buffers()
+            if self._zero.cpu_offload:
+                # DeepSpeed remembers an overflow until its next step, and would skip that one.
+                self._zero.reset_cpu_buffers()
         if self._stage == 3:
             self._zero.micro_step_id = 0
             self._zero._epilogue_ran_this_backward = False
