@@ -174,8 +174,9 @@ def measure(options: Options) -> tuple[Timed, ...]:
     assert len(set(sizes.values())) == 1, sizes
     for name, (_, call) in made.items():
         first, *_, last = (call() for _ in range(5))
+        # Fresh weights: about ln V; NormHead's logits have variance 1, which adds 1/2.
         uniform = math.log(config.model.vocab_size)
-        assert abs(first - uniform) < 0.5, f"{name}: first loss {first}, expected about {uniform}"
+        assert abs(first - uniform) < 0.75, f"{name}: first loss {first}, expected about {uniform}"
         assert last < first, f"{name}: loss grows from {first} to {last}"
     return in_turns({name: call for name, (_, call) in made.items()}, rounds=options.rounds)
 

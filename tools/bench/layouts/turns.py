@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 
@@ -23,6 +24,8 @@ class Timed:
     name: str
     seconds: tuple[float, ...]
     """Wall time of each round, from a barrier to the next."""
+    cpu_seconds: tuple[float, ...]
+    """User and system time of each round, of all ranks together; other work disturbs it less."""
 
     @property
     def median(self) -> float:
@@ -39,32 +42,40 @@ def in_turns(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> tuple[Timed, ...]:
     """Call every candidate on every rank; every second round goes through them backwards."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     for number in range(-warmup, rounds):
         order = list(candidates) if number % 2 == 0 else list(candidates)[::-1]
         for name in order:
             dist.barrier()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             candidates[name]()
             dist.barrier()
             if number >= 0:
-                times[name].append(time.perf_counter() - start)
-    return tuple(Timed(name, tuple(seconds)) for name, seconds in times.items())
+                times[name].append((time.perf_counter() - start, time.process_time() - cpu))
+    return tuple(_timed(name, rows) for name, rows in times.items())
+
+
+def _timed(name: str, rows: Sequence[tuple[float, float]]) -> Timed:
+    wall, cpu = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    dist.all_reduce(cpu)
+    return Timed(name, tuple(wall.tolist()), tuple(cpu.tolist()))
 
 
 def markdown_table(rows: Sequence[Timed], *, baseline: str, tokens: int) -> str:
-    """Speeds relative to `baseline`: of the medians, of the fastest rounds, and the median over rounds."""
+    """Speeds relative to `baseline` by medians, fastest rounds, round by round (median), and CPU time."""
     base = next(row for row in rows if row.name == baseline)
     lines = [
-        f"| | median s | spread | tokens/s | speed / {baseline} | of the fastest rounds | round by round |",
-        "|---|---|---|---|---|---|---|",
+        f"| | median s | spread | tokens/s | speed / {baseline} | fastest rounds | round by round "
+        "| CPU time |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         by_round = statistics.median(b / s for b, s in zip(base.seconds, row.seconds, strict=True))
+        cpu = statistics.median(base.cpu_seconds) / statistics.median(row.cpu_seconds)
         lines.append(
             f"| {row.name} | {row.median:.3f} | {row.spread:.0%} | {tokens / row.median:,.0f} "
             f"| {base.median / row.median:.3f} | {min(base.seconds) / min(row.seconds):.3f} "
-            f"| {by_round:.3f} |"
+            f"| {by_round:.3f} | {cpu:.3f} |"
         )
     return "\n".join(lines)
 
