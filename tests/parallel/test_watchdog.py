@@ -302,12 +302,15 @@ def test_kill(tmp_path: Path, victim: int) -> None:
         ranks.when(tmp_path / "running")
         ranks.send(victim, signal.SIGKILL)
         codes = ranks.wait(6)  # long before the limit: the connection tells
-        expected = [EXIT_WATCHDOG] * 3
-        expected[victim] = -signal.SIGKILL
-        assert codes == expected, ranks.log(1)
-        for rank in {0, 1, 2} - {victim}:
-            assert f"rank {victim} (" in ranks.log(rank)
-            assert "died: " in ranks.log(rank)
+        assert codes[victim] == -signal.SIGKILL
+        survivors = {0, 1, 2} - {victim}
+        # A survivor whose collective fails first may end by that error, with status 1.
+        assert {codes[rank] for rank in survivors} <= {EXIT_WATCHDOG, 1}, ranks.log(1)
+        assert EXIT_WATCHDOG in {codes[rank] for rank in survivors}, ranks.log(1)
+        for rank in survivors:
+            if codes[rank] == EXIT_WATCHDOG:
+                assert f"rank {victim} (" in ranks.log(rank)
+                assert "died: " in ranks.log(rank)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
