@@ -201,7 +201,9 @@ class Member(Beater):
             with suppress(OSError):
                 self._channel.sock.shutdown(socket.SHUT_WR)
             self.join(self.interval)
-        elif self._channel.send("failed", error=error, crumb=self.crumbs.current):
+        else:
+            # If this cannot be sent, rank 0 is gone: then the thread hears that, and decides.
+            self._channel.send("failed", error=error, crumb=self.crumbs.current)
             self.decided.wait(ERROR_GRACE_SECONDS + 3 * SETTLE_SECONDS)
 
     def _handle(self, message: Message) -> None:
