@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import tyro
-from layouts.turns import Timed, in_turns, markdown_table, write_json
+from layouts.turns import in_turns, markdown_table, write_json
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
@@ -42,7 +42,7 @@ class Options:
     """Micro-batches of a step; one table each."""
     micro_batch_size: int = 1
     seq_len: int = 256
-    rounds: int = 15
+    rounds: int = 9
     out: Path = Path("runs/bench/pipeline.json")
 
 
@@ -75,6 +75,9 @@ class Problem:
     def gradients(self, call: Callable[[], object]) -> dict[str, Tensor]:
         call()
         return {name: p.grad for name, p in self.stage.named_parameters() if p.grad is not None}
+
+
+Prepared = tuple[Problem, Callable[[], object]]
 
 
 class Hidden(nn.Module):
@@ -141,37 +144,52 @@ def alone(problem: Problem) -> Callable[[], object]:
     return call
 
 
-def check_gradients(problem: Problem, calls: Mapping[str, Callable[[], object]]) -> None:
-    """All three must compute the same."""
-    expected = problem.gradients(calls[THEIRS])
-    problem.forget_gradients()
-    for name in (OURS, ZERO_BUBBLE):
-        found = problem.gradients(calls[name])
-        problem.forget_gradients()
-        assert found.keys() == expected.keys()
-        for parameter, gradient in expected.items():
-            torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-7, msg=parameter)
+def candidates(model: ModelConfig, options: Options, num_micro: int) -> dict[str, Callable[[], Prepared]]:
+    """What a rank runs, by name: functions that make the problem and its step."""
 
+    def prepare(make: Callable[[Problem], Callable[[], object]]) -> Callable[[], Prepared]:
+        def prepared() -> Prepared:
+            problem = Problem(model, options, num_micro)
+            return problem, make(problem)
 
-def measure(model: ModelConfig, options: Options, num_micro: int) -> tuple[Timed, ...]:
-    """On one rank."""
-    problem = Problem(model, options, num_micro)
-    calls = {
-        THEIRS: theirs(problem),
-        OURS: ours(problem, "1f1b"),
-        ZERO_BUBBLE: ours(problem, "zero_bubble"),
-        ALONE: alone(problem),
+        return prepared
+
+    return {
+        THEIRS: prepare(theirs),
+        OURS: prepare(lambda problem: ours(problem, "1f1b")),
+        ZERO_BUBBLE: prepare(lambda problem: ours(problem, "zero_bubble")),
+        ALONE: prepare(alone),
     }
-    check_gradients(problem, calls)
 
-    def forgetting(call: Callable[[], object]) -> Callable[[], None]:
-        def wrapped() -> None:
+
+def check_gradients(made: Mapping[str, Callable[[], Prepared]]) -> None:
+    """The three pipelines must compute the same."""
+
+    def gradients(prepare: Callable[[], Prepared]) -> dict[str, Tensor]:
+        problem, call = prepare()
+        return problem.gradients(call)
+
+    expected = run_ranks(RANKS, gradients, made[THEIRS])
+    for name in (OURS, ZERO_BUBBLE):
+        for found, reference in zip(run_ranks(RANKS, gradients, made[name]), expected, strict=True):
+            assert found.keys() == reference.keys()
+            for parameter, gradient in reference.items():
+                torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-7, msg=parameter)
+
+
+def forgetting(prepare: Callable[[], Prepared]) -> Callable[[], Callable[[], None]]:
+    """The step alone; it leaves no gradients."""
+
+    def prepared() -> Callable[[], None]:
+        problem, call = prepare()
+
+        def step() -> None:
             call()
             problem.forget_gradients()
 
-        return wrapped
+        return step
 
-    return in_turns({name: forgetting(call) for name, call in calls.items()}, rounds=options.rounds)
+    return prepared
 
 
 def main() -> None:
@@ -181,7 +199,11 @@ def main() -> None:
     facts, tables = machine("torch"), {}
     print(facts)
     for num_micro in options.micro_batches:
-        rows = run_ranks(RANKS, measure, model, options, num_micro, timeout=600)[0]
+        made = candidates(model, options, num_micro)
+        check_gradients(made)
+        rows = in_turns(
+            RANKS, {name: forgetting(prepare) for name, prepare in made.items()}, rounds=options.rounds
+        )
         title = (
             f"{RANKS} ranks, {num_micro} micro-batches of {options.micro_batch_size} x {options.seq_len} "
             f"tokens, {options.rounds} rounds, {model}"

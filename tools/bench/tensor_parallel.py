@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
-from layouts.turns import Timed, in_turns, markdown_table, write_json
+from layouts.turns import in_turns, markdown_table, write_json
 from torch import Tensor, nn
 
 from megatron_b2.config import load_config
@@ -49,7 +49,7 @@ class Options:
     batch: int = 8
     seq_len: int = 256
     vocab: int = 8_192
-    rounds: int = 15
+    rounds: int = 9
     out: Path = Path("runs/bench/tensor_parallel.json")
 
 
@@ -127,6 +127,7 @@ def gpt_model(config: RunConfig, *, fused: bool) -> nn.Module:
 
 
 def theirs(config: RunConfig, *, fused: bool) -> tuple[nn.Module, Callable[[], float]]:
+    patch_megatron()
     network = gpt_model(config, fused=fused)
     parameters = list(network.parameters())
     norms = [p for p in parameters if p.ndim == 1]
@@ -160,25 +161,32 @@ def clip(parameters: list[nn.Parameter], limit: float) -> None:
     nn.utils.clip_grads_with_norm_(parameters, limit, norm.sqrt())
 
 
-def measure(options: Options) -> tuple[Timed, ...]:
-    """On one rank."""
-    patch_megatron()
+def candidates(options: Options) -> dict[str, Callable[[], tuple[nn.Module, Callable[[], float]]]]:
+    """What a rank runs, by name: functions that make the model and its step."""
     config = run_config(options, sequence_parallel=False)
-    made = {
-        THEIRS: theirs(config, fused=False),
-        THEIRS_FUSED: theirs(config, fused=True),
-        OURS: ours(config),
-        OURS_SEQUENCE: ours(run_config(options, sequence_parallel=True)),
+    sequence = run_config(options, sequence_parallel=True)
+    return {
+        THEIRS: lambda: theirs(config, fused=False),
+        THEIRS_FUSED: lambda: theirs(config, fused=True),
+        OURS: lambda: ours(config),
+        OURS_SEQUENCE: lambda: ours(sequence),
     }
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, (module, _) in made.items()}
-    assert len(set(sizes.values())) == 1, sizes
-    for name, (_, call) in made.items():
-        first, *_, last = (call() for _ in range(5))
-        # Fresh weights: about ln V; NormHead's logits have variance 1, which adds 1/2.
-        uniform = math.log(config.model.vocab_size)
-        assert abs(first - uniform) < 0.75, f"{name}: first loss {first}, expected about {uniform}"
-        assert last < first, f"{name}: loss grows from {first} to {last}"
-    return in_turns({name: call for name, (_, call) in made.items()}, rounds=options.rounds)
+
+
+def check_losses(options: Options) -> None:
+    """Every candidate has as many parameters, starts where fresh weights do, and learns."""
+
+    def first_steps(make: Callable[[], tuple[nn.Module, Callable[[], float]]]) -> tuple[int, list[float]]:
+        module, call = make()
+        return sum(p.numel() for p in module.parameters()), [call() for _ in range(5)]
+
+    found = {name: run_ranks(RANKS, first_steps, make)[0] for name, make in candidates(options).items()}
+    assert len({size for size, _ in found.values()}) == 1, found
+    # Fresh weights: about ln V; NormHead's logits have variance 1, which adds 1/2.
+    uniform = math.log(options.vocab)
+    for name, (_, losses) in found.items():
+        assert abs(losses[0] - uniform) < 0.75, f"{name}: first loss {losses[0]}, expected about {uniform}"
+        assert losses[-1] < losses[0], f"{name}: the loss does not fall: {losses}"
 
 
 def main() -> None:
@@ -187,7 +195,9 @@ def main() -> None:
     if importlib.util.find_spec("megatron") is None:
         print("not measured: megatron-core is not installed; pip install --no-deps megatron-core==0.16.1")
         return
-    rows = run_ranks(RANKS, measure, options, timeout=900)[0]
+    check_losses(options)
+    calls = {name: lambda make=make: make()[1] for name, make in candidates(options).items()}
+    rows = in_turns(RANKS, calls, rounds=options.rounds)
     facts = machine("torch", "deepspeed", "megatron-core")
     model = run_config(options, sequence_parallel=False).model
     title = f"{RANKS} ranks, {options.batch} x {options.seq_len} tokens, {options.rounds} rounds, {model}"

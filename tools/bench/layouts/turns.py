@@ -1,7 +1,7 @@
-"""Measuring candidates that span several ranks: in turns, inside the same processes.
+"""Measuring candidates that span several ranks, in turns, each visit in freshly forked ranks.
 
-`megatron_b2.testing.measure.compare` gives each candidate a process of its own; candidates that need a
-process group share one here instead, so there is no memory column.
+`megatron_b2.testing.measure.compare` measures single processes; here a candidate is a group of ranks. Fresh
+processes at each visit keep one candidate's heap and caches from slowing another.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_b2.testing.fork import run_ranks
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -23,13 +25,13 @@ class Timed:
 
     name: str
     seconds: tuple[float, ...]
-    """Wall time of each round, from a barrier to the next."""
+    """Wall time of each call, from a barrier to the next."""
     cpu_seconds: tuple[float, ...]
-    """User and system time of each round, of all ranks together; other work disturbs it less."""
+    """User and system time of each call, of all ranks together; other work disturbs it less."""
 
     @property
     def median(self) -> float:
-        """Median wall time of a round."""
+        """Median wall time of a call."""
         return statistics.median(self.seconds)
 
     @property
@@ -39,43 +41,63 @@ class Timed:
 
 
 def in_turns(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+    world_size: int,
+    candidates: Mapping[str, Callable[[], Callable[[], object]]],
+    *,
+    rounds: int,
+    calls: int = 3,
+    warmup: int = 2,
 ) -> tuple[Timed, ...]:
-    """Call every candidate on every rank; every second round goes through them backwards."""
+    """Measure `prepare` functions, which make the call to be measured on every rank.
+
+    Every round visits all candidates, every second one backwards; a visit forks the ranks, prepares, calls
+    `warmup` times unmeasured and `calls` times measured.
+    """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
-    for number in range(-warmup, rounds):
+    for number in range(rounds):
         order = list(candidates) if number % 2 == 0 else list(candidates)[::-1]
         for name in order:
-            dist.barrier()
-            start, cpu = time.perf_counter(), time.process_time()
-            candidates[name]()
-            dist.barrier()
-            if number >= 0:
-                times[name].append((time.perf_counter() - start, time.process_time() - cpu))
+            times[name] += run_ranks(world_size, _visit, candidates[name], calls, warmup, timeout=300)[0]
     return tuple(_timed(name, rows) for name, rows in times.items())
 
 
+def _visit(prepare: Callable[[], Callable[[], object]], calls: int, warmup: int) -> list[tuple[float, float]]:
+    """On one rank: wall and CPU seconds of each call, the CPU's of all ranks together."""
+    call = prepare()
+    rows = []
+    for number in range(-warmup, calls):
+        dist.barrier()
+        start, cpu = time.perf_counter(), time.process_time()
+        call()
+        dist.barrier()
+        spent = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+        wall = time.perf_counter() - start
+        dist.all_reduce(spent)
+        if number >= 0:
+            rows.append((wall, spent.item()))
+    return rows
+
+
 def _timed(name: str, rows: Sequence[tuple[float, float]]) -> Timed:
-    wall, cpu = torch.tensor(rows, dtype=torch.float64).unbind(1)
-    dist.all_reduce(cpu)
-    return Timed(name, tuple(wall.tolist()), tuple(cpu.tolist()))
+    wall, cpu = zip(*rows, strict=True)
+    return Timed(name, wall, cpu)
 
 
 def markdown_table(rows: Sequence[Timed], *, baseline: str, tokens: int) -> str:
-    """Speeds relative to `baseline` by medians, fastest rounds, round by round (median), and CPU time."""
+    """Speeds relative to `baseline` by medians, fastest calls, call by call (median), and CPU time."""
     base = next(row for row in rows if row.name == baseline)
     lines = [
-        f"| | median s | spread | tokens/s | speed / {baseline} | fastest rounds | round by round "
+        f"| | median s | spread | tokens/s | speed / {baseline} | fastest calls | call by call "
         "| CPU time |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        by_round = statistics.median(b / s for b, s in zip(base.seconds, row.seconds, strict=True))
+        by_call = statistics.median(b / s for b, s in zip(base.seconds, row.seconds, strict=True))
         cpu = statistics.median(base.cpu_seconds) / statistics.median(row.cpu_seconds)
         lines.append(
             f"| {row.name} | {row.median:.3f} | {row.spread:.0%} | {tokens / row.median:,.0f} "
             f"| {base.median / row.median:.3f} | {min(base.seconds) / min(row.seconds):.3f} "
-            f"| {by_round:.3f} | {cpu:.3f} |"
+            f"| {by_call:.3f} | {cpu:.3f} |"
         )
     return "\n".join(lines)
 
