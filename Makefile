@@ -50,7 +50,7 @@ bench: setup  ## the tables of docs/benchmarks.md
 	for script in tools/bench/*.py; do echo "== $$script"; $(PY) "$$script"; done
 
 clean:  ## remove what setup and the tools have built
-	rm -rf $(VENV) build *.egg-info megatron_b2/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info megatron_b2/*.so megatron_b2/_cuda.txt .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(PY):
 	@[[ -n "$(PYTHON)" ]] || { echo "error: no Python >= 3.11 with the venv module was found." \
@@ -65,12 +65,13 @@ $(DEPENDENCIES): $(wildcard requirements/*.txt) | $(PY)
 	@echo "installing pinned packages into $(VENV): torch (minutes, the first time)"
 	@$(PIP) setuptools wheel packaging ninja pybind11 numpy torch
 	@echo "installing pinned packages into $(VENV): all others"
-	@$(PIP) --no-build-isolation -r requirements/runtime.txt -r requirements/deepspeed.txt -r requirements/dev.txt
+	@$(PIP) --no-build-isolation -r requirements/runtime.txt -r requirements/deepspeed.txt -r requirements/triton.txt -r requirements/dev.txt
 	@touch $@
 
 $(EXTENSION): setup.py pyproject.toml $(CSRC) $(DEPENDENCIES)
 	@command -v c++ >/dev/null || { echo "error: no C++ compiler (c++) was found." \
 		"Install one (Debian and Ubuntu: apt-get install g++)" >&2; exit 2; }
-	@echo "building megatron_b2 and its C++ extension"
+	@echo "building megatron_b2, its C++ extension and, where nvcc is found, its CUDA extension"
 	@$(PIP) --no-build-isolation --no-deps -e .
+	@[[ ! -f megatron_b2/_cuda.txt ]] || cat megatron_b2/_cuda.txt >&2
 	@touch $@

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_b2.cli.config_arguments import ConfigArguments, Flag, parse
 from megatron_b2.cli.main import run
+from megatron_b2.config.loader import ResolvedConfig
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import InputError
 from megatron_b2.training.signals import EXIT_REQUEUE, StopSignals
@@ -70,13 +71,13 @@ def _dry_run(arguments: ConfigArguments) -> int:
     return 0
 
 
-def _chosen(config: RunConfig, *, world_size: int, is_first: bool) -> RunConfig:
+def _chosen(resolved: ResolvedConfig, *, world_size: int, is_first: bool) -> RunConfig:
     """With parallel.auto, what fits the memory; the first rank says why."""
-    if not config.parallel.auto:
-        return config
+    if not resolved.config.parallel.auto:
+        return resolved.config
     from megatron_b2.layouts.auto import resolve_auto
 
-    choice = resolve_auto(config, world_size=world_size)
+    choice = resolve_auto(resolved.config, world_size=world_size, provenance=resolved.provenance)
     if is_first:
         print("\n".join(choice.reasons()), flush=True)
     return choice.config
@@ -91,7 +92,7 @@ def _train(arguments: ConfigArguments, signals: StopSignals) -> int:
 
     resolved = arguments.load()
     env = LaunchEnvironment.detect()
-    config = _chosen(resolved.config, world_size=env.world_size, is_first=env.rank == 0)
+    config = _chosen(resolved, world_size=env.world_size, is_first=env.rank == 0)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     comm = initialize_distributed(env, timeout=timeout)
     outcome = pretrain(config, comm=comm, device=env.device, signals=signals, provenance=resolved.provenance)

@@ -196,7 +196,8 @@ def validation_has_data(config: RunConfig) -> Problems:
 def bf16_needs_zero(config: RunConfig) -> Problems:
     """DeepSpeed's bf16 at ZeRO 0 takes a step too many (docs/config.md); its fp32 masters need ZeRO 1."""
     parallel = config.parallel
-    if parallel.engine == "deepspeed" and config.train.precision == "bf16" and parallel.zero_stage == 0:
+    is_stage_0 = parallel.zero_stage == 0 and not parallel.auto  # auto chooses 1, 2 or 3
+    if parallel.engine == "deepspeed" and config.train.precision == "bf16" and is_stage_0:
         yield Problem(
             ("train.precision", "parallel.zero_stage"),
             'train.precision = "bf16" with parallel.zero_stage = 0 trains wrongly under DeepSpeed: '

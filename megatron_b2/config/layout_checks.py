@@ -205,6 +205,17 @@ def virtual_stages_need_interleaving(config: RunConfig) -> Problems:
         )
 
 
+def zero_bubble_needs_pipeline(config: RunConfig) -> Problems:
+    """Without stages there is no bubble, and backward is not split."""
+    parallel = config.parallel
+    if parallel.schedule == "zero_bubble" and parallel.pipeline == 1:
+        yield Problem(
+            ("parallel.schedule", "parallel.pipeline"),
+            'parallel.schedule = "zero_bubble" fills the idle time of pipeline stages, but '
+            'parallel.pipeline = 1: raise pipeline, or use "1f1b"',
+        )
+
+
 def layers_fill_stages(config: RunConfig) -> Problems:
     """Every virtual stage has at least one layer."""
     parallel, layers = config.parallel, config.model.num_layers
@@ -221,7 +232,7 @@ def layers_fill_stages(config: RunConfig) -> Problems:
 def offload_needs_zero(config: RunConfig) -> Problems:
     """DeepSpeed moves the optimizer to the CPU only where ZeRO holds it."""
     parallel = config.parallel
-    if parallel.offload_optimizer and parallel.zero_stage == 0:
+    if parallel.offload_optimizer and parallel.zero_stage == 0 and not parallel.auto:  # it chooses 1, 2 or 3
         yield Problem(
             ("parallel.offload_optimizer", "parallel.zero_stage"),
             "parallel.offload_optimizer = true needs ZeRO, but parallel.zero_stage = 0: "
@@ -359,6 +370,7 @@ LAYOUT_RULES: Final[tuple[Rule, ...]] = (
     partitioning_needs_zero_3,
     node_groups_need_no_tensor,
     virtual_stages_need_interleaving,
+    zero_bubble_needs_pipeline,
     layers_fill_stages,
     offload_needs_zero,
     auto_decides_alone,

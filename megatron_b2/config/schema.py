@@ -201,6 +201,28 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpsConfig:
+    """Backends of the operations; `b2 ops list` says what this machine can run."""
+
+    backend: Literal["auto", "reference", "triton", "cuda"] = "auto"
+    """Of every operation that has it; auto takes the first that the device can run."""
+    attention: Literal["default", "auto", "reference", "triton"] = "default"
+    """Causal attention with ALiBi and packed documents; default means ops.backend, here and below."""
+    head_loss: Literal["default", "auto", "reference", "triton"] = "default"
+    """NormHead, cross-entropy and max-z loss."""
+    rms_norm: Literal["default", "auto", "reference", "triton", "cuda"] = "default"
+    """RMSNorm, also with the addition of the residual."""
+    rope: Literal["default", "auto", "reference", "triton"] = "default"
+    """Rotary positions on the fused projection."""
+    swiglu: Literal["default", "auto", "reference", "triton", "cuda"] = "default"
+    """SwiGLU on the fused projection."""
+    adamw: Literal["default", "auto", "reference", "cuda"] = "default"
+    """The optimizer's update of all parameters."""
+    compile: bool = False
+    """torch.compile for rms_norm and swiglu where they use the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to save and what to keep."""
 
@@ -238,6 +260,8 @@ class RunConfig:
     """The training loop."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Engine and layout."""
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    """Backends of the operations."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save and what to keep."""
     deepspeed: Mapping[str, Any] = field(default_factory=dict)

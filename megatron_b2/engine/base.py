@@ -23,6 +23,7 @@ from megatron_b2.engine.finite import FiniteGuard, first_nonfinite_layer
 from megatron_b2.engine.sharded_state import logical_name
 from megatron_b2.errors import NonFiniteError
 from megatron_b2.ops.head_loss import IGNORE_INDEX
+from megatron_b2.ops.registry import Backend, choose
 from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 from megatron_b2.parallel.comm import Comm
 from megatron_b2.parallel.layout import Layout
@@ -75,21 +76,42 @@ class Engine(ABC):
         comm: all ranks of the run.
         device: where this rank computes.
         layout: sizes of the parallel dimensions.
+        crumbs: take where this rank is, for a watchdog.
     """
 
     module: nn.Module
     """What this rank trains: the model, or the pipeline stages that it holds."""
 
-    def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device, layout: Layout) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        comm: Comm,
+        device: torch.device,
+        layout: Layout,
+        crumbs: Breadcrumbs | None = None,
+    ) -> None:
         self.config = config
         self.comm = comm
         self.device = device
         self.layout = layout
         self.coordinates = layout.coordinates(comm.rank)
-        self.crumbs = Breadcrumbs()
-        """Where this rank is, for a watchdog."""
+        self.op_choices = choose(
+            config.ops,
+            device=device,
+            head_dim=config.model.head_dim,
+            offloaded=config.parallel.offload_optimizer,
+        )
+        """The backend of every operation."""
+        for choice in self.op_choices if comm.rank == 0 else ():
+            LOGGER.info("%s: %s, %s", choice.op, choice.backend, choice.reason)
+        self.crumbs = Breadcrumbs() if crumbs is None else crumbs
         self.dp_rank = self.coordinates.dp
         self.dp_size = layout.data
+
+    def backend_of(self, op: str) -> Backend:
+        """What was chosen for an operation."""
+        return next(choice.backend for choice in self.op_choices if choice.op == op)
 
     # What a kind of engine provides.
 
@@ -130,7 +152,10 @@ class Engine(ABC):
 
     @property
     def point_to_point_groups(self) -> Sequence[ProcessGroup]:
-        """Groups in which ranks do not all make the same calls."""
+        """Groups that carry messages: their ranks do not all make the same calls.
+
+        Whatever waits for one of these groups leaves a breadcrumb that names the ranks it waits for.
+        """
         return ()
 
     # What all share.

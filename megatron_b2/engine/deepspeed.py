@@ -17,6 +17,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+
+# deepspeed.initialize imports it in any case, with torch.compile: seconds that forked ranks now inherit.
+from deepspeed.runtime.zero.muon import muon_optimizer as _muon_optimizer  # noqa: F401
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -33,7 +36,9 @@ from megatron_b2.errors import ConfigError
 from megatron_b2.model.model import BaichuanModel
 from megatron_b2.model.sharding import shard_spec
 from megatron_b2.model.split import ModelSplit
+from megatron_b2.ops.bundle import load_ops
 from megatron_b2.optim.adamw import build_adamw
+from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 from megatron_b2.parallel.comm import Comm
 from megatron_b2.parallel.context_parallel import ContextParallel, resolve_method
 from megatron_b2.parallel.groups import ParallelGroups
@@ -68,17 +73,20 @@ def require_quantization_kernels(config: RunConfig, device: torch.device) -> Non
 class DeepSpeedEngine(Engine):
     """One rank of a run in any layout; torch.distributed must be initialised."""
 
-    def __init__(self, config: RunConfig, *, comm: Comm, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, *, comm: Comm, device: torch.device, crumbs: Breadcrumbs | None = None
+    ) -> None:
         require_quantization_kernels(config, device)
         layout = Layout.of(config.parallel, world_size=comm.size)
-        super().__init__(config, comm=comm, device=device, layout=layout)
+        super().__init__(config, comm=comm, device=device, layout=layout, crumbs=crumbs)
         _prepare()
         timeout = timedelta(minutes=config.parallel.timeout_minutes)
         self._groups = ParallelGroups.create(layout, timeout=timeout)
         self._stage = config.parallel.zero_stage
         settings = deepspeed_json(config, world_size=comm.size)
         units = _ModelParallelUnit(self._groups)
-        split = model_split(config, self._groups)
+        split = model_split(config, self._groups, crumbs=self.crumbs)
+        self._is_ring = split.context.method == "ring"
         born = contextlib.nullcontext()
         if self._stage == 3:
             group = self._groups.data_context
@@ -86,7 +94,8 @@ class DeepSpeedEngine(Engine):
         with born:
             module = self._build(split)
         _stamp(module, tensor_rank=self.coordinates.tp)
-        optimizer = build_adamw(dict(module.named_parameters()), config.optim)
+        parameters, backend = dict(module.named_parameters()), self.backend_of("adamw")
+        optimizer = build_adamw(parameters, config.optim, backend=backend)
         self._engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=settings, mpu=units, dist_init_required=False
         )
@@ -100,17 +109,21 @@ class DeepSpeedEngine(Engine):
 
     def _build(self, split: ModelSplit) -> nn.Module:
         train = self.config.train
+        ops = load_ops(self.op_choices, compiled=self.config.ops.compile)
         if self.layout.pipeline > 1:
             return PipelinedModel(
                 self.config,
                 split=split,
+                ops=ops,
                 groups=self._groups,
                 dtype=DTYPES[train.precision],
                 device=self.device,
+                crumbs=self.crumbs,
             )
         return BaichuanModel(
             self.config.model,
             split=split,
+            ops=ops,
             recompute=train.recompute,
             recompute_layers=train.recompute_layers,
             dtype=DTYPES[train.precision],
@@ -120,9 +133,7 @@ class DeepSpeedEngine(Engine):
     def _accumulate(self, micro: Sequence[Batch], ce_scale: Tensor, z_scale: Tensor) -> Tensor:
         if isinstance(self.module, PipelinedModel):
             self._engine.set_gradient_accumulation_boundary(False)
-            sums = self.module.train_batch(
-                micro, ce_scale, z_scale, crumbs=self.crumbs, after_backward=self._after_backward
-            )
+            sums = self.module.train_batch(micro, ce_scale, z_scale, after_backward=self._after_backward)
             self._engine.set_gradient_accumulation_boundary(True)
             with self.crumbs.operation("reduction of gradients"):
                 self._engine.allreduce_gradients()
@@ -173,9 +184,10 @@ class DeepSpeedEngine(Engine):
 
     @property
     def point_to_point_groups(self) -> Sequence[ProcessGroup]:
-        """The pipeline's."""
-        pipeline = (self._groups.pp, self._groups.pp_gradients)
-        return [group for group in pipeline if group is not None]
+        """The pipeline's and the ring's."""
+        ring = self._groups.cp if self._is_ring else None
+        groups = (self._groups.pp, self._groups.pp_gradients, ring)
+        return [group for group in groups if group is not None]
 
     def _discard_gradients(self) -> None:
         self._zero_state.discard_gradients()
@@ -187,7 +199,9 @@ class DeepSpeedEngine(Engine):
 
     def _sum_over_stages(self, tensor: Tensor) -> Tensor:
         if self._groups.pp is not None:
-            dist.all_reduce(tensor, group=self._groups.pp)
+            others = [r for r in dist.get_process_group_ranks(self._groups.pp) if r != self.comm.rank]
+            with self.crumbs.operation("sum over the pipeline", peers=others):
+                dist.all_reduce(tensor, group=self._groups.pp)
         return tensor
 
     def logical_state(self) -> LogicalState:
@@ -233,8 +247,8 @@ class _ModelParallelUnit:
         return self._groups.data_context
 
 
-def model_split(config: RunConfig, groups: ParallelGroups) -> ModelSplit:
-    """How the model of this rank is split."""
+def model_split(config: RunConfig, groups: ParallelGroups, *, crumbs: Breadcrumbs) -> ModelSplit:
+    """How the model of this rank is split; `crumbs` take whom a ring waits for."""
     layout, place = groups.layout, groups.coordinates
     tensor = TensorParallel(
         size=layout.tensor,
@@ -247,7 +261,9 @@ def model_split(config: RunConfig, groups: ParallelGroups) -> ModelSplit:
         heads_local=config.model.num_heads // layout.tensor,
         context=layout.context,
     )
-    context = ContextParallel(size=layout.context, rank=place.cp, group=groups.cp, method=method)
+    context = ContextParallel(
+        size=layout.context, rank=place.cp, group=groups.cp, method=method, crumbs=crumbs
+    )
     return ModelSplit(tensor=tensor, context=context)
 
 
@@ -265,12 +281,13 @@ def is_counted(parameter: nn.Parameter) -> bool:
 
 
 def reduce_sequence_gradients(module: nn.Module, tensor: TensorParallel) -> None:
-    """Sum gradients of unsplit parameters over the sequence shards, driven by the shard table."""
+    """Sum gradients of unsplit parameters over the sequence shards in fp32, driven by the shard table."""
 
     def total(grad: Tensor) -> Tensor:
-        whole = grad.contiguous()
+        # A copy: autograd may still need what it gave to the hook.
+        whole = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(whole, group=tensor.group)
-        return whole
+        return whole.to(grad.dtype)
 
     for name, parameter in module.named_parameters():
         if shard_spec(logical_name(name)).dim is None:

@@ -11,6 +11,7 @@ from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.model.model import BaichuanModel
 from megatron_b2.model.split import ModelSplit
+from megatron_b2.ops.bundle import Ops
 from megatron_b2.ops.head_loss import HeadLoss
 from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 from megatron_b2.parallel.groups import ParallelGroups
@@ -24,9 +25,11 @@ class PipelinedModel(nn.Module):
     Args:
         config: the run.
         split: tensor and context parallelism of every stage.
+        ops: backends of the operations.
         groups: process groups of this rank.
         dtype: of parameters and activations.
         device: where this rank computes.
+        crumbs: take where this rank is, for a watchdog.
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class PipelinedModel(nn.Module):
         config: RunConfig,
         *,
         split: ModelSplit,
+        ops: Ops,
         groups: ParallelGroups,
         dtype: torch.dtype,
         device: torch.device,
+        crumbs: Breadcrumbs,
     ) -> None:
         super().__init__()
         num_ranks, num_chunks = groups.layout.pipeline, config.parallel.virtual_stages
@@ -46,6 +51,7 @@ class PipelinedModel(nn.Module):
             BaichuanModel(
                 config.model,
                 split=split,
+                ops=ops,
                 stage=stages[stage],
                 recompute=config.train.recompute,
                 recompute_layers=config.train.recompute_layers,
@@ -64,6 +70,7 @@ class PipelinedModel(nn.Module):
             dtype=dtype,
             device=device,
             split_backward=config.train.recompute != "full",
+            crumbs=crumbs,
         )
         self._hidden_size = config.model.hidden_size
         self._tensor = split.tensor
@@ -74,25 +81,19 @@ class PipelinedModel(nn.Module):
         ce_scale: Tensor,
         z_scale: Tensor,
         *,
-        crumbs: Breadcrumbs,
         after_backward: Callable[[], None],
     ) -> Tensor:
         """Forward and backward of this rank's chunks; sums [ce, max_z], fp64, zero but on the last rank."""
         sums = torch.zeros(2, dtype=torch.float64, device=ce_scale.device)
 
         def forward(chunk: int, index: int, x: Tensor | None) -> Tensor:
-            crumbs.mark("pipeline, forward last begun", micro=index)
             return self._stage(chunk, micro[index], x, ce_scale, z_scale, sums)
-
-        def after(_chunk: int, index: int) -> None:
-            after_backward()
-            crumbs.mark("pipeline, backward last done", micro=index)
 
         self._runner.run(
             forward,
             num_micro=len(micro),
             shape=self._activation_shape(micro[0]),
-            after_backward=after,
+            after_backward=lambda _chunk, _index: after_backward(),
         )
         return sums
 

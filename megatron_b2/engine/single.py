@@ -14,6 +14,7 @@ from megatron_b2.data.batch import Batch
 from megatron_b2.engine.base import Engine
 from megatron_b2.engine.sharded_state import whole_state
 from megatron_b2.model.model import BaichuanModel
+from megatron_b2.ops.bundle import load_ops
 from megatron_b2.ops.head_loss import HeadLoss
 from megatron_b2.optim.adamw import build_adamw, create_state
 from megatron_b2.parallel.comm import Comm
@@ -46,7 +47,9 @@ class SingleEngine(Engine):
         super().__init__(config, comm=comm, device=device, layout=Layout())
         model = BaichuanModel(
             config.model,
+            ops=load_ops(self.op_choices, compiled=config.ops.compile),
             recompute=config.train.recompute,
+            recompute_layers=config.train.recompute_layers,
             dtype=DTYPES[config.train.precision],
             device=device,
         )
@@ -57,7 +60,7 @@ class SingleEngine(Engine):
             if config.train.precision == "fp32"
             else {name: nn.Parameter(p.detach().float()) for name, p in self._working.items()}
         )
-        self._optimizer = build_adamw(self._masters, config.optim)
+        self._optimizer = build_adamw(self._masters, config.optim, backend=self.backend_of("adamw"))
         create_state(self._optimizer, self._masters.values())
         self._count = torch.zeros(1, device=device)
 

@@ -8,11 +8,12 @@ time model wins. Its constants only rank alternatives; they predict no throughpu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Final, Literal
 
+from megatron_b2.config.checks import check
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import ConfigError
 from megatron_b2.layouts.memory import GIB, RankMemory, Recompute, rank_memory, recompute_of, usable_bytes
@@ -95,12 +96,17 @@ class AutoChoice:
         return lines
 
 
-def resolve_auto(config: RunConfig, *, world_size: int) -> AutoChoice:
+def resolve_auto(
+    config: RunConfig, *, world_size: int, provenance: Mapping[str, str] | None = None
+) -> AutoChoice:
     """Choose parallel.zero_stage, parallel.whole_parameters, train.recompute and train.recompute_layers.
 
+    `provenance` (key -> where it was set) makes messages point at the setting.
+
     Raises:
-        ConfigError: nothing fits; names what comes closest and what would help.
+        ConfigError: every broken rule; or nothing fits: names what comes closest and what would help.
     """
+    check(config, world_size=world_size, provenance=provenance)
     search = _Search(config, Layout.of(config.parallel, world_size=world_size))
     candidates = tuple(search.candidates())
     fitting = [item for item in candidates if item.fits]

@@ -126,7 +126,7 @@ def _tensor_traffic(config: RunConfig, layout: Layout, part: StageLayers) -> Ite
         yield make("embedding and head", "all_gather", ends, sizes.hidden_bytes)
         yield make("embedding and head", "reduce_scatter", ends, sizes.hidden_bytes)
         norms = 2 * layers + int(part.has_head)
-        yield make("norm gradients", "all_reduce", norms, config.model.hidden_size * sizes.width)
+        yield make("norm gradients", "all_reduce", norms, config.model.hidden_size * 4)  # fp32
         # Recomputation stops at the last tensor that backward needs: it never leaves the MLP again.
         yield make("recomputed layers", "all_gather", 2 * full, sizes.hidden_bytes)
         yield make("recomputed layers", "reduce_scatter", full, sizes.hidden_bytes)

@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_b2.config.schema import ModelConfig
 from megatron_b2.model.cache import KVCache
 from megatron_b2.model.split import ModelSplit
-from megatron_b2.ops.attention import Documents, causal_attention
-from megatron_b2.ops.context_attention import context_attention
-from megatron_b2.ops.rope import apply_rope
+from megatron_b2.ops.attention import Documents
+from megatron_b2.ops.bundle import Ops
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Attention(nn.Module):
         config: ModelConfig,
         *,
         split: ModelSplit,
+        ops: Ops,
         recompute_core: bool,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -47,6 +47,7 @@ class Attention(nn.Module):
         h, width = config.hidden_size, split.tensor.share(config.hidden_size)
         self.num_heads, self.head_dim = split.tensor.share(config.num_heads), config.head_dim
         self.split = split
+        self.ops = ops
         self.recompute_core = recompute_core
         self.qkv = nn.Linear(h, 3 * width, bias=False, dtype=dtype, device=device)
         """Rows Q | K | V as three blocks, as the published W_pack; of each block this rank's heads."""
@@ -65,14 +66,16 @@ class Attention(nn.Module):
 
     def _core(self, qkv: Tensor, positions: Positions, cache: KVCache | None, layer: int) -> Tensor:
         batch, length, _ = qkv.shape
-        q, k, v = qkv.view(batch, length, 3, self.num_heads, self.head_dim).unbind(2)
-        if positions.rope is not None:
-            q, k = (apply_rope(part, *positions.rope) for part in (q, k))
+        qkv = qkv.view(batch, length, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.unbind(2) if positions.rope is None else self.ops.rope_split(qkv, *positions.rope)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         slopes, documents, context = positions.alibi_slopes, positions.documents, self.split.context
         if context.size > 1:
-            out = context_attention(q, k, v, context=context, alibi_slopes=slopes, documents=documents)
+            out = self.ops.context_attention(
+                q, k, v, context=context, alibi_slopes=slopes, documents=documents
+            )
         else:
-            out = causal_attention(q, k, v, alibi_slopes=slopes, documents=documents)
-        return out.reshape(batch, length, self.num_heads * self.head_dim)
+            out = self.ops.causal_attention(q, k, v, alibi_slopes=slopes, documents=documents)
+        merged: Tensor = out.reshape(batch, length, self.num_heads * self.head_dim)
+        return merged

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_b2.config.schema import ModelConfig
 from megatron_b2.model.split import ModelSplit
-from megatron_b2.ops.swiglu import swiglu
+from megatron_b2.ops.bundle import Ops
 
 
 class MLP(nn.Module):
@@ -19,6 +19,7 @@ class MLP(nn.Module):
         config: ModelConfig,
         *,
         split: ModelSplit,
+        ops: Ops,
         recompute_core: bool,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -26,6 +27,7 @@ class MLP(nn.Module):
         super().__init__()
         h, f = config.hidden_size, split.tensor.share(config.ffn_hidden_size)
         self.split = split
+        self.ops = ops
         self.recompute_core = recompute_core
         self.gate_up = nn.Linear(h, 2 * f, bias=False, dtype=dtype, device=device)
         """Rows gate | up; of each this rank's."""
@@ -41,5 +43,5 @@ class MLP(nn.Module):
         return self.split.tensor.leave(out)
 
     def _core(self, gate_up: Tensor) -> Tensor:
-        out: Tensor = self.down(swiglu(gate_up))
+        out: Tensor = self.down(self.ops.swiglu(gate_up))
         return out

@@ -20,7 +20,8 @@ from megatron_b2.model.cache import KVCache
 from megatron_b2.model.split import ModelSplit, StageLayers
 from megatron_b2.ops.alibi import alibi_slopes
 from megatron_b2.ops.attention import Documents
-from megatron_b2.ops.head_loss import HeadLoss, norm_head_loss
+from megatron_b2.ops.bundle import Ops
+from megatron_b2.ops.head_loss import HeadLoss
 from megatron_b2.ops.norm_head import norm_head_logits
 from megatron_b2.ops.rope import rope_table
 
@@ -57,9 +58,16 @@ class NormHead(nn.Module):
     """Output layer with normalised rows; keeps the raw rows, of V this rank's."""
 
     def __init__(
-        self, config: ModelConfig, *, split: ModelSplit, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        *,
+        split: ModelSplit,
+        ops: Ops,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
+        self.ops = ops
         self.tensor = split.tensor
         rows = self.tensor.share(config.vocab_size)
         self.weight = nn.Parameter(torch.empty(rows, config.hidden_size, dtype=dtype, device=device))
@@ -68,7 +76,7 @@ class NormHead(nn.Module):
         self, hidden: Tensor, labels: Tensor, ce_scale: Tensor | float, z_scale: Tensor | float
     ) -> HeadLoss:
         """Sums over the tokens of hidden [B, S, h] with labels int64 [B, S]; see `norm_head_loss`."""
-        return norm_head_loss(
+        loss: HeadLoss = self.ops.norm_head_loss(
             self.tensor.enter(hidden).flatten(0, 1),
             self.weight,
             labels.flatten(),
@@ -76,6 +84,7 @@ class NormHead(nn.Module):
             z_scale=z_scale,
             tensor=self.tensor,
         )
+        return loss
 
 
 class BaichuanModel(nn.Module):
@@ -85,6 +94,7 @@ class BaichuanModel(nn.Module):
         config: shape of the whole model.
         split: tensor- and context-parallel ranks; every rank of them gets the same input ids.
         stage: the layers to make; none makes all.
+        ops: backends of the operations; none means the references.
         recompute: what the backward pass recomputes instead of keeping.
         recompute_layers: blocks (global indices) that do; empty means all.
         dtype: of parameters and activations.
@@ -97,6 +107,7 @@ class BaichuanModel(nn.Module):
         *,
         split: ModelSplit | None = None,
         stage: StageLayers | None = None,
+        ops: Ops | None = None,
         recompute: Recompute = "none",
         recompute_layers: Sequence[int] = (),
         dtype: torch.dtype = torch.float32,
@@ -105,6 +116,7 @@ class BaichuanModel(nn.Module):
         super().__init__()
         self.config = config
         self.split = split = split or ModelSplit()
+        ops = ops or Ops()
         self.stage = stage = stage or StageLayers.whole(config.num_layers)
         chosen = stage.layers if recompute == "none" or not recompute_layers else recompute_layers
         self._recomputed_whole = frozenset(map(str, chosen)) if recompute == "full" else frozenset()
@@ -116,6 +128,7 @@ class BaichuanModel(nn.Module):
                 str(index): Block(
                     config,
                     split=split,
+                    ops=ops,
                     recompute_core=recompute == "selective" and index in chosen,
                     dtype=dtype,
                     device=device,
@@ -124,8 +137,10 @@ class BaichuanModel(nn.Module):
             }
         )
         if stage.has_head:
-            self.final_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, device=device)
-            self.head = NormHead(config, split=split, dtype=dtype, device=device)
+            self.final_norm = RMSNorm(
+                config.hidden_size, eps=config.norm_eps, ops=ops, dtype=dtype, device=device
+            )
+            self.head = NormHead(config, split=split, ops=ops, dtype=dtype, device=device)
 
     def hidden_states(
         self,

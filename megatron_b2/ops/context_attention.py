@@ -2,7 +2,8 @@
 
 Ulysses: each rank gets the whole sequence for its share of the heads, attends as one process would, and gives
 the result back. The ring: each rank keeps its queries and all heads, and the keys and values of earlier ranks
-come to it one shard at a time; the softmax over them is accumulated in fp32 (Milakov and Gimelshein 2018).
+come to it one shard at a time; what an `AttentionKernel` makes of each is merged in fp32 by the log-sum-exps
+(Milakov and Gimelshein 2018).
 
 Communication of one call, N = B S/n H D elements, n ranks:
 
@@ -26,35 +27,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_b2.ops.attention import Documents, Pattern, Rows, Tile, causal_attention
+from megatron_b2.ops.attention import (
+    AttentionKernel,
+    Documents,
+    Pattern,
+    Rows,
+    TorchTiles,
+    attend,
+    causal_attention,
+)
 from megatron_b2.parallel.context_parallel import ContextParallel, Messages, Ring, exchange
 
 
-class _RunningSoftmax:
-    """Softmax-weighted mean of values over keys that come in parts; fp32, in the order of the calls.
+class _Merged:
+    """Attention over keys that come in parts; fp32, in the order of the calls.
 
     The first part must let every query see a key.
     """
 
-    def __init__(self, q: Tensor) -> None:
-        statistics = (*q.shape[:3], 1)
-        self.top = q.new_full(statistics, -torch.inf, dtype=torch.float32)
-        self.total = q.new_zeros(statistics, dtype=torch.float32)
-        self.weighted = q.new_zeros(q.shape, dtype=torch.float32)
+    def __init__(self, out: Tensor, lse: Tensor) -> None:
+        self.out = out
+        """[B, H, Q, D]."""
+        self.lse = lse
+        """[B, H, Q, 1]."""
 
-    def add(self, tile: Tile, scores: Tensor, v: Tensor) -> None:
-        """Scores [B, H, rows, keys] of a tile (overwritten) and the values [B, H, S/n, D] of its shard."""
-        top, total, weighted = (x[:, :, tile.rows] for x in (self.top, self.total, self.weighted))
-        new_top = torch.maximum(top, scores.amax(dim=-1, keepdim=True))
-        shrink = top.sub_(new_top).exp_()
-        probs = scores.sub_(new_top).exp_()
-        total.mul_(shrink).add_(probs.sum(dim=-1, keepdim=True))
-        weighted.mul_(shrink).add_(torch.matmul(probs.to(v.dtype), v[:, :, tile.keys]))
-        top.copy_(new_top)
-
-    def result(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mean [B, H, Q, D] and fp32 log-sum-exp [B, H, Q, 1]."""
-        return self.weighted.div_(self.total).to(dtype), self.top + self.total.log()
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        """One more part (`out` is overwritten); it counts nothing for queries whose log-sum-exp is -inf."""
+        total = torch.logaddexp(self.lse, lse)
+        self.out.mul_((self.lse - total).exp_()).add_(out.mul_((lse - total).exp_()))
+        self.lse = total
 
 
 class _RingAttention(torch.autograd.Function):
@@ -62,48 +63,72 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, context: ContextParallel
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        context: ContextParallel,
+        kernel: AttentionKernel,
     ) -> Tensor:
         assert context.group is not None
         length, rank = q.shape[2], context.rank
         ring = _ring(context, pattern.documents, length)
-        softmax = _RunningSoftmax(q)
+        merged: _Merged | None = None
         own = kv = torch.stack([k, v])
         for step in range(ring.num_steps(rank)):
-            messages = Messages(context.group)
+            messages = Messages(context, "attention ring, forward")
             messages.send(kv, ring.keys_to(rank, step))
             incoming = messages.receive(kv, ring.keys_from(rank, step))
             messages.post()
-            key_start = (rank - step) * length
-            for tile in pattern.tiles(length, length, query_start=rank * length, key_start=key_start):
-                softmax.add(tile, pattern.scores(q, kv[0], tile), kv[1])
+            part = kernel.forward(
+                q,
+                kv[0],
+                kv[1],
+                pattern,
+                query_start=rank * length,
+                key_start=(rank - step) * length,
+                dtype=torch.float32,
+            )
+            if merged is None:
+                merged = _Merged(*part)
+            else:
+                merged.add(*part)
             messages.wait()
             kv = own if incoming is None else incoming
-        out, lse = softmax.result(q.dtype)
-        ctx.save_for_backward(q, own, out, lse)
-        ctx.pattern, ctx.context, ctx.ring = pattern, context, ring
+        assert merged is not None
+        out = merged.out.to(q.dtype)
+        ctx.save_for_backward(q, own, out, merged.lse)
+        ctx.pattern, ctx.context, ctx.ring, ctx.kernel = pattern, context, ring, kernel
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, own, out, lse = ctx.saved_tensors
         pattern, ring, rank, length = ctx.pattern, ctx.ring, ctx.context.rank, q.shape[2]
-        rows = Rows.of(q, out, lse, grad_out)
+        rows = Rows(q, grad_out, lse, ctx.kernel.delta(out, grad_out))
         grad_q = torch.zeros_like(q, dtype=torch.float32)
         kv, grad_kv, grad_own = own, None, None
         for step in range(ring.num_backward_steps(rank)):
-            messages = Messages(ctx.context.group)
+            messages = Messages(ctx.context, "attention ring, backward")
             messages.send(kv, ring.keys_to(rank, step))
             incoming = messages.receive(own, ring.keys_from(rank, step))
             messages.send(grad_kv, ring.gradient_to(rank, step))
             earlier = messages.receive(own, ring.gradient_from(rank, step), dtype=torch.float32)
             home = messages.receive(own, ring.home_from(rank, step), dtype=torch.float32)
             messages.post()
-            part = torch.zeros_like(own, dtype=torch.float32) if ring.sees(rank, rank - step) else None
-            if part is not None:
-                key_start = (rank - step) * length
-                for tile in pattern.tiles(length, length, query_start=rank * length, key_start=key_start):
-                    grad_q[:, :, tile.rows].add_(rows.backward(pattern, tile, *kv, *part))
+            part = None
+            if ring.sees(rank, rank - step):
+                grad_q_part, *grad_kv_part = ctx.kernel.backward(
+                    rows,
+                    *kv,
+                    pattern,
+                    query_start=rank * length,
+                    key_start=(rank - step) * length,
+                    dtype=torch.float32,
+                )
+                grad_q.add_(grad_q_part)
+                part = torch.stack(grad_kv_part)
             messages.wait()
             grad_kv = part if part is None or earlier is None else earlier.add_(part)
             if home is not None or (step == 0 and ring.last(rank) == rank):
@@ -111,7 +136,7 @@ class _RingAttention(torch.autograd.Function):
             kv = own if incoming is None else incoming
         assert grad_own is not None
         grad_k, grad_v = grad_own.to(own.dtype)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
 
 
 def _ring(context: ContextParallel, documents: Documents | None, length: int) -> Ring:
@@ -128,6 +153,7 @@ def _ulysses(
     context: ContextParallel,
     alibi_slopes: Tensor | None,
     documents: Documents | None,
+    kernel: AttentionKernel | None,
 ) -> Tensor:
     """q, k, v are this rank's [B, S/n, H, D]."""
     assert context.group is not None
@@ -140,9 +166,23 @@ def _ulysses(
     whole = by_positions.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).transpose(2, 3)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes[context.rank * heads : (context.rank + 1) * heads]
-    out = causal_attention(*whole.unbind(0), alibi_slopes=alibi_slopes, documents=documents)
+    out = _alone(whole[0], whole[1], whole[2], alibi_slopes, documents, kernel)
     pieces = exchange(out.unflatten(1, (size, length)).movedim(1, 0), context.group)
     return pieces.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _alone(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alibi_slopes: Tensor | None,
+    documents: Documents | None,
+    kernel: AttentionKernel | None,
+) -> Tensor:
+    """Attention over a whole sequence."""
+    if kernel is None:
+        return causal_attention(q, k, v, alibi_slopes=alibi_slopes, documents=documents)
+    return attend(q, k, v, alibi_slopes=alibi_slopes, documents=documents, kernel=kernel)
 
 
 def context_attention(
@@ -153,6 +193,7 @@ def context_attention(
     context: ContextParallel,
     alibi_slopes: Tensor | None,
     documents: Documents | None,
+    kernel: AttentionKernel | None = None,
 ) -> Tensor:
     """`causal_attention` over a sequence of which this rank holds the positions rank S/n.. of n equal shards.
 
@@ -165,18 +206,20 @@ def context_attention(
         context: the ranks and the method; ulysses needs H to divide by n.
         alibi_slopes: fp32 [H], the slopes of exactly these heads, or none.
         documents: packing of the whole sequence S, the same on every rank, or none for one document a row.
+        kernel: the implementation, or none for the torch reference.
 
     Returns:
         [B, S/n, H, D] in the dtype of q.
     """
     if context.group is None:
-        return causal_attention(q, k, v, alibi_slopes=alibi_slopes, documents=documents)
+        return _alone(q, k, v, alibi_slopes, documents, kernel)
     assert documents is None or documents.starts.shape[1] == q.shape[1] * context.size, (
         f"documents describe {documents.starts.shape[1]} positions, "
         f"{context.size} shards of {q.shape[1]} make {q.shape[1] * context.size}"
     )
     if context.method == "ulysses":
-        return _ulysses(q, k, v, context, alibi_slopes, documents)
+        return _ulysses(q, k, v, context, alibi_slopes, documents, kernel)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    out: Tensor = _RingAttention.apply(*heads_first, Pattern(alibi_slopes, documents), context)
+    pattern = Pattern(alibi_slopes, documents)
+    out: Tensor = _RingAttention.apply(*heads_first, pattern, context, kernel or TorchTiles())
     return out.transpose(1, 2)

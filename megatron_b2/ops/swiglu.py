@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_b2.ops.precision import at_least_fp32
+
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
@@ -22,8 +24,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = (part.float() for part in gate_up.chunk(2, dim=-1))
-        grad_fp32 = grad.float()
+        gate, up = (at_least_fp32(part) for part in gate_up.chunk(2, dim=-1))
+        grad_fp32 = at_least_fp32(grad)
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
         grad_gate_up = torch.empty_like(gate_up)

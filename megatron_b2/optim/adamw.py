@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_b2.config.schema import OptimConfig
+from megatron_b2.ops.registry import Backend
+from megatron_b2.optim.fused_adamw import FusedAdamW
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state tensors that have the shape of their parameter."""
@@ -19,17 +21,24 @@ def has_weight_decay(name: str) -> bool:
     return not name.endswith("norm.weight")
 
 
-def build_adamw(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over named parameters in two groups, with decay and without."""
+def build_adamw(
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig, *, backend: Backend
+) -> torch.optim.Optimizer:
+    """AdamW over named parameters in two groups, with decay and without.
+
+    `backend` "cuda" updates all tensors of a group in one launch of our kernel, "reference" is torch's own
+    fused AdamW; both have the same state.
+    """
     decay = [p for name, p in parameters.items() if has_weight_decay(name)]
     plain = [p for name, p in parameters.items() if not has_weight_decay(name)]
     groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.max_lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    betas = (config.beta1, config.beta2)
+    if backend == "cuda":
+        return FusedAdamW(groups, lr=config.max_lr, betas=betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=betas, eps=config.eps, fused=True)
 
 
 def create_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:

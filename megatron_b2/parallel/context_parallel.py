@@ -10,7 +10,8 @@ Two ways of attending over all of it (`ops/context_attention.py`) need two kinds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_b2.errors import ConfigError
+from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 
 Method = Literal["ulysses", "ring"]
 
@@ -31,6 +33,8 @@ class ContextParallel:
     rank: int = 0
     group: ProcessGroup | None = None
     method: Method = "ulysses"
+    crumbs: Breadcrumbs = field(default_factory=Breadcrumbs, compare=False, repr=False)
+    """Take whom the ring waits for, for a watchdog."""
 
     def shard(self, x: Tensor) -> Tensor:
         """This rank's positions [B, S / size, ...] of a whole [B, S, ...]; a view, without communication."""
@@ -150,26 +154,30 @@ class Messages:
     """Messages between two ranks each that are posted together and run beside the work until `wait`.
 
     Between two ranks they must be given in the same order on both sides. On NCCL the group must have run a
-    collective before: a step need not involve all ranks, and communicators are made by all.
+    collective before: a step need not involve all ranks, and communicators are made by all. `name` is what
+    breadcrumbs call the operation.
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, context: ContextParallel, name: str) -> None:
+        assert context.group is not None
+        self._group, self._crumbs, self._name = context.group, context.crumbs, name
         self._operations: list[dist.P2POp] = []
+        self._waits: list[tuple[str, int]] = []
+        """Of each operation its kind and the global rank of the peer."""
         self._works: list[dist.Work] = []
 
     def send(self, tensor: Tensor | None, peer: int | None) -> None:
         """Send a contiguous tensor to rank `peer` of the group, if any; leave it alone until `wait`."""
         if peer is not None:
             assert tensor is not None, f"nothing to send to rank {peer}"
-            self._operations.append(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer))
+            self._add(dist.isend, tensor, peer)
 
     def receive(self, like: Tensor, peer: int | None, *, dtype: torch.dtype | None = None) -> Tensor | None:
         """Room, of the shape of `like`, for what rank `peer` sends, if any; filled after `wait`."""
         if peer is None:
             return None
         tensor = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-        self._operations.append(dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer))
+        self._add(dist.irecv, tensor, peer)
         return tensor
 
     def post(self) -> None:
@@ -179,5 +187,14 @@ class Messages:
 
     def wait(self) -> None:
         """Return when everything is sent and received (on a GPU: for the later work of this stream)."""
-        for work in self._works:
-            work.wait()
+        waits = [(kind, (peer,)) for kind, peer in self._waits]
+        if len(self._works) < len(waits):  # NCCL has one work for the whole batch
+            waits = [("send and receive", tuple(peer for _, peer in self._waits))] * len(self._works)
+        for work, (kind, peers) in zip(self._works, waits, strict=True):
+            with self._crumbs.operation(f"{self._name}: {kind}", peers=peers):
+                work.wait()
+
+    def _add(self, operation: Callable[..., Any], tensor: Tensor, peer: int) -> None:
+        self._operations.append(dist.P2POp(operation, tensor, group=self._group, group_peer=peer))
+        kind = "send" if operation is dist.isend else "receive"
+        self._waits.append((kind, dist.get_global_rank(self._group, peer)))

@@ -9,8 +9,10 @@ stage), the activation for the next stage, or on the last stage the scalar to ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed import ProcessGroup
 
 from megatron_b2.errors import ConfigError
+from megatron_b2.parallel.breadcrumbs import Breadcrumbs, Operation
 from megatron_b2.pipeline.plan import Channels, RankPlan, Step, plan_communication
 from megatron_b2.pipeline.schedule import Instruction, Schedule, ScheduleName, build_schedule, forward_only
-from megatron_b2.pipeline.simulate import Message, Stages
+from megatron_b2.pipeline.simulate import Stages
 from megatron_b2.pipeline.split_backward import SplitBackward
 from megatron_b2.pipeline.transport import Transport
 
@@ -32,22 +35,10 @@ AfterBackward = Callable[[int, int], None]
 """(chunk, micro-batch), called when gradients of parameters were just added."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a rank is doing, for a watchdog on another thread."""
-
-    instruction: Instruction
-    waits_for: Message | None
-    """The message it waits for before it can compute; none while it computes."""
-
-    def describe(self) -> str:
-        """For messages to people."""
-        kind = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
-        name, micro, chunk = self.instruction
-        text = f"{kind[name]} of micro-batch {micro}, chunk {chunk}"
-        if self.waits_for is None:
-            return f"computes the {text}"
-        return f"waits, for the {text}, for the {self.waits_for.describe()}"
+KINDS: Final[Mapping[str, str]] = MappingProxyType(
+    {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+)
+"""What breadcrumbs call an instruction."""
 
 
 @dataclass
@@ -74,6 +65,7 @@ class PipelineRunner:
         device: where this rank computes.
         split_backward: false lets "zero_bubble" compute both gradients at I and nothing at W. Right for
             stages that recompute whole blocks, which would recompute once a pass.
+        crumbs: take what this rank computes, and whom it waits for, for a watchdog.
 
     Raises:
         ConfigError: the ranks of the group were given different settings.
@@ -91,6 +83,7 @@ class PipelineRunner:
         gradient_group: ProcessGroup | None = None,
         num_chunks: int = 1,
         split_backward: bool = True,
+        crumbs: Breadcrumbs | None = None,
     ) -> None:
         if (group is None) != (num_ranks == 1):
             raise ValueError(
@@ -100,8 +93,7 @@ class PipelineRunner:
         self._rank, self._split_backward = rank, split_backward
         self._dtype, self._device = dtype, device
         self._plans: dict[tuple[str, int], RankPlan] = {}
-        self.progress: Progress | None = None
-        """What this rank does now; none outside a run."""
+        self._crumbs = Breadcrumbs() if crumbs is None else crumbs
         self._groups: tuple[ProcessGroup, ProcessGroup] | None = None
         self._channels: Channels = 2
         if group is not None:
@@ -168,13 +160,14 @@ class PipelineRunner:
             shape=shape,
             dtype=self._dtype,
             device=self._device,
+            crumbs=self._crumbs,
         )
         compute = _Compute(forward, after_backward, train=train, split=self._split_backward)
         transport.post(None, plan.receives)
         for step in plan.steps:
             received = self._receive(transport, step)
-            self.progress = Progress(step.instruction, None)
-            out = compute(step.instruction, received)
+            with self._computing(step.instruction):
+                out = compute(step.instruction, received)
             if step.makes is None:
                 if out is not None and step.instruction.kind == "F":
                     compute.losses[step.instruction.micro] = out
@@ -183,16 +176,18 @@ class PipelineRunner:
                 assert out is not None
                 transport.post((step.makes, out), step.receives)
         transport.finish()
-        self.progress = None
         return [compute.losses[micro] for micro in sorted(compute.losses)]
 
     def _receive(self, transport: Transport, step: Step) -> Tensor | None:
         if step.needs is None:
             return None
-        self.progress = Progress(step.instruction, step.needs)
         received = transport.take(step.needs)
         transport.let_go(step.delivered)
         return received
+
+    def _computing(self, instruction: Instruction) -> Operation:
+        stage = self._stages.stage(self._rank, instruction.chunk)
+        return self._crumbs.operation(f"{KINDS[instruction.kind]} of stage {stage}", micro=instruction.micro)
 
 
 class _Compute:

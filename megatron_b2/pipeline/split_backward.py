@@ -3,8 +3,9 @@
 The autograd graph is cut where parameters join the path from the input to the output. The first pass runs
 that path only and keeps, at each joint (the product of a linear layer, the operation of a norm), the gradient
 that arrives there; the second pass runs each joint again towards its parameters only. A linear layer
-therefore does each of its two backward products exactly once, and collectives, which stand on the path, run
-once, in the first pass. The idea is that of torch.distributed.pipelining and of Qi et al. 2024.
+therefore does each of its two backward products exactly once, and collectives on the path run once, in the
+first pass; those in hooks on parameters run in the second. The idea is that of torch.distributed.pipelining
+and of Qi et al. 2024.
 
 Gradients are the same bits as those of an ordinary backward, and go through AccumulateGrad: `.grad` is added
 to and hooks on parameters fire once a micro-batch. Three limits: an operation that makes both gradients at

@@ -9,13 +9,14 @@ are batches of their own, so that a tensor that is needed soon never waits for o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_b2.parallel.breadcrumbs import Breadcrumbs, Operation
 from megatron_b2.pipeline.simulate import Message
 
 
@@ -29,6 +30,7 @@ class Transport:
         shape: of every activation and gradient.
         dtype: of every activation and gradient.
         device: where receives are put.
+        crumbs: take whom this rank waits for, for a watchdog.
     """
 
     def __init__(
@@ -40,8 +42,11 @@ class Transport:
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        crumbs: Breadcrumbs,
     ) -> None:
         self._rank, self._groups, self._num_stages = rank, groups, num_stages
+        self._crumbs = crumbs
+        self._global_ranks = [] if groups is None else dist.get_process_group_ranks(groups[0])
         self._shape, self._dtype, self._device = tuple(shape), dtype, device
         self._receives: dict[Message, tuple[Any, Tensor]] = {}
         self._sends: dict[Message, tuple[Any, Tensor]] = {}
@@ -65,19 +70,31 @@ class Transport:
     def take(self, message: Message) -> Tensor:
         """The received tensor, once it is there."""
         work, tensor = self._receives.pop(message)
-        work.wait()
+        with self._waiting("receive", message):
+            work.wait()
         return tensor
 
     def let_go(self, messages: Sequence[Message]) -> None:
         """Free the tensors of sends that are known to be through."""
         for message in messages:
             work, _ = self._sends.pop(message)
-            work.wait()
+            with self._waiting("send", message):
+                work.wait()
 
     def finish(self) -> None:
-        """Wait for the sends that are left."""
+        """Wait for the sends that are left, and on a GPU for everything: its host has not waited so far."""
         self.let_go(tuple(self._sends))
         assert not self._receives, f"received and not used: {list(self._receives)}"
+        if self._device.type == "cuda" and self._global_ranks:
+            others = tuple(r for index, r in enumerate(self._global_ranks) if index != self._rank)
+            with self._crumbs.operation("messages of the pipeline on the GPU", peers=others):
+                torch.cuda.current_stream(self._device).synchronize()
+
+    def _waiting(self, kind: Literal["send", "receive"], message: Message) -> Operation:
+        """The breadcrumb while a message is waited for: it names the other rank."""
+        peer = self._global_ranks[message.source if kind == "receive" else message.target]
+        name = f"{kind} {message.direction} for stage {message.stage}"
+        return self._crumbs.operation(name, micro=message.micro, peers=(peer,))
 
     def _start(self, batch: Sequence[tuple[Message, Tensor]]) -> None:
         if not batch:

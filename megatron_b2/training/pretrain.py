@@ -105,8 +105,7 @@ def _pretrain(
             console.print(f"{config.name} is complete; a larger train.steps continues it", soft_wrap=True)
             print_summary(summary, console=console)
         return Outcome.COMPLETED
-    engine = build_engine(config, comm=comm, device=device)
-    engine.crumbs = watch.watchdog.crumbs
+    engine = build_engine(config, comm=comm, device=device, crumbs=watch.watchdog.crumbs)
     for group in engine.point_to_point_groups:
         watch.watchdog.ignore_group(group)
     inputs.checkpoints.attach(engine)
@@ -119,6 +118,8 @@ def _pretrain(
         (output / PREEMPTED_FILE).unlink(missing_ok=True)
         origin = f"resumed from {inputs.resume.path}" if inputs.resume is not None else "starting"
         console.print(f"{config.name}: {origin} at step {state.step} of {config.train.steps}", soft_wrap=True)
+        used = ", ".join(f"{choice.op} {choice.backend}" for choice in engine.op_choices)
+        console.print(f"operations: {used}", soft_wrap=True)
         reporting = rank_zero_callbacks(
             config, num_devices=comm.size, resume_step=state.step, console=console
         )

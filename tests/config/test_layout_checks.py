@@ -131,6 +131,12 @@ CASES: dict[str, list[tuple[dict[str, Any], str]]] = {
             "pipeline = 1",
         ),
     ],
+    "zero_bubble_needs_pipeline": [
+        (
+            parallel(schedule="zero_bubble"),
+            'parallel.schedule = "zero_bubble" fills the idle time of pipeline stages, but parallel.pipeline = 1',
+        ),
+    ],
     "layers_fill_stages": [
         (
             parallel(pipeline=16, virtual_stages=3, schedule="interleaved", zero_stage=1),
@@ -256,6 +262,8 @@ def test_world_rule(rule: str, changes: dict[str, Any], world_size: int, message
         (parallel(zero_stage=3, hpz=4, context=4), 16),
         (parallel(zero_stage=3, tensor=2, whole_parameters=1_000_000), 16),
         (parallel(auto=True), 64),
+        (parallel(auto=True, zero_stage=0, offload_optimizer=True), 64),
+        ({**parallel(auto=True, zero_stage=0), "train.precision": "bf16"}, 64),
         ({"train.recompute_layers": (0, 39)}, 64),
         (parallel(offload_optimizer=True), 64),
     ],

@@ -115,7 +115,7 @@ def test_all_problems_at_once() -> None:
         "command line: unknown flag --optim.max-lrr; did you mean --optim.max-lr?",
         "command line: --train.steps takes one value, got 2: ['ten', 'stray']",
         "a.toml:1: unknown key extend; known here: name, output_dir, model, data, tokenizer, optim, train, "
-        "parallel, checkpoint, deepspeed",
+        "parallel, ops, checkpoint, deepspeed",
         "a.toml:2: name must be a string, got 3",
         "a.toml:4: unknown key model.hiden_size; did you mean model.hidden_size?",
         "a.toml:5: model.num_layers must be an integer, got '2' (a string; write it without quotes)",

@@ -7,15 +7,19 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch._dynamo  # noqa: F401  # these two are slow to import: once, before the ranks are forked
+from torch import Tensor
 
 import megatron_b2.engine.deepspeed  # noqa: F401
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import ConfigError
+from megatron_b2.model.mlp import MLP
 from megatron_b2.parallel.comm import ProcessGroupComm
 from megatron_b2.parallel.watchdog import EXIT_WATCHDOG, REPORT_FILE
 from megatron_b2.testing.fork import run_ranks
@@ -44,11 +48,15 @@ class At(Callback):
             self._action()
 
 
-def endless(folder: Path, **parallel: Any) -> RunConfig:
-    train_settings = {"steps": 1_000_000, "global_batch_size": 6, "micro_batch_size": 1}
-    settings = PARALLEL | parallel
+def endless(folder: Path, *, num_layers: int = 1, **parallel: Any) -> RunConfig:
     return run_config(
-        folder, write_data(folder), train=train_settings, parallel=settings, checkpoint={"interval": 0}
+        folder,
+        write_data(folder),
+        model={"num_layers": num_layers},
+        data={"document_masking": False},  # else it depends on the data between whom a ring has messages
+        train={"steps": 1_000_000, "global_batch_size": 6, "micro_batch_size": 1},
+        parallel=PARALLEL | parallel,
+        checkpoint={"interval": 0},
     )
 
 
@@ -111,6 +119,104 @@ def test_a_rank_stuck_in_a_step_is_named_with_its_place(tmp_path: Path) -> None:
         assert "step_begin" in told
         assert "ranks 0, 2: step 4, in 'training step', waiting for rank 1" in told
     assert "waits for rank 1" in (Path(config.output_dir) / "watchdog" / REPORT_FILE).read_text()
+
+
+def fall_asleep_in_an_mlp(*, call: int) -> None:
+    """From now on in this process: the MLP's forward number `call`, 0-based, does not return."""
+    calls, forward = count(), MLP.forward
+
+    def sleeper(self: MLP, x: Tensor) -> Tensor:
+        if next(calls) == call:
+            time.sleep(1_000)
+        return forward(self, x)
+
+    MLP.forward = sleeper  # type: ignore[method-assign]  # of this forked rank only
+
+
+PIPELINE = {"pipeline": 2}
+RING = {"context": 4, "context_method": "ring"}
+TENSOR_PIPELINE = {"tensor": 2, "pipeline": 2}
+
+
+@pytest.mark.parametrize(
+    ("layout", "victim", "place", "waiting"),
+    [
+        pytest.param(
+            PIPELINE,
+            1,
+            "micro-batch 1, in 'forward of stage 1'",
+            ["rank 0: step 4, micro-batch 1, in 'receive gradient for stage 0', waiting for rank 1"],
+            id="pipeline, last stage",
+        ),
+        pytest.param(
+            PIPELINE,
+            0,
+            "micro-batch 1, in 'forward of stage 0'",
+            ["rank 1: step 4, micro-batch 1, in 'receive activation for stage 1', waiting for rank 0"],
+            id="pipeline, first stage",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            RING,
+            1,
+            "micro-batch 0, in 'forward'",
+            [
+                "rank 0: step 4, micro-batch 0, in 'attention ring, forward: send', waiting for rank 1",
+                "rank 2: step 4, micro-batch 0, in 'attention ring, forward: receive', waiting for rank 1",
+                "rank 3: step 4, micro-batch 0, in 'attention ring, forward: receive', waiting for rank 2",
+            ],
+            id="ring",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            TENSOR_PIPELINE,
+            3,
+            "micro-batch 1, in 'forward of stage 1'",
+            [
+                "rank 0: step 4, micro-batch 1, in 'receive gradient for stage 0', waiting for rank 2",
+                "rank 1: step 4, micro-batch 1, in 'receive gradient for stage 0', waiting for rank 3",
+                "rank 2: step 4, micro-batch 1, in 'forward of stage 1', waiting for rank 3",
+            ],
+            id="tensor and pipeline",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_rank_asleep_in_an_mlp_is_the_only_one_blamed(
+    tmp_path: Path, layout: dict[str, Any], victim: int, place: str, waiting: list[str]
+) -> None:
+    size = len(waiting) + 1
+    config = endless(tmp_path, num_layers=2, **layout)
+
+    def body(rank: int) -> None:
+        # Pipelines hold one of the two layers: forward 1 is of micro-batch 1.
+        asleep = At(4, partial(fall_asleep_in_an_mlp, call=1 if "pipeline" in layout else 0))
+        train(config, comm=ProcessGroupComm(), callbacks=[asleep] if rank == victim else [])
+
+    with Ranks(size, body, tmp_path / "ranks") as ranks:
+        assert ranks.wait(60 + ENOUGH) == [EXIT_WATCHDOG] * size, ranks.log(0)
+        first, *others, last = [
+            line.removeprefix("watchdog of rank 0: ")
+            for line in ranks.log(0).splitlines()
+            if line.startswith("watchdog of rank 0: ")
+        ]
+    assert re.match(rf"rank {victim} \(.*\) made no progress for .*: step 4, {place} at .* sleeper", first)
+    assert sorted(others) == waiting
+    assert "ends with status" in last
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_kill_in_a_pipeline(tmp_path: Path, victim: int) -> None:
+    config = endless(tmp_path, num_layers=2, **PIPELINE)
+    with Ranks(2, running(tmp_path, config), tmp_path / "ranks") as ranks:
+        ranks.when(tmp_path / "running")
+        ranks.send(victim, signal.SIGKILL)
+        codes = ranks.wait(ENOUGH)
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] == EXIT_WATCHDOG, ranks.log(1 - victim)
+        told = ranks.log(1 - victim)
+        assert re.search(rf"rank {victim} \(.*\) died", told), told
+        assert f"rank {1 - victim} (" not in told
 
 
 def test_a_rank_with_another_configuration(tmp_path: Path) -> None:

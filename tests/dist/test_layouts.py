@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from megatron_b2.checkpoint.store import CheckpointReader
+from megatron_b2.config import checks
 from megatron_b2.config.schema import ParallelConfig, RunConfig
 from megatron_b2.data.batch import Batch
 from megatron_b2.engine import deepspeed as _preloaded  # noqa: F401 (imported once, before the forks)
 from megatron_b2.engine.build import build_engine, fill_weights, initialize_engine
-from megatron_b2.errors import NonFiniteError
-from megatron_b2.parallel.comm import ProcessGroupComm
+from megatron_b2.errors import ConfigError, NonFiniteError
+from megatron_b2.parallel.comm import Comm, ProcessGroupComm, SingleComm
 from megatron_b2.testing import layouts
 from megatron_b2.testing.fork import run_ranks
+from megatron_b2.training.events import Callback, Outcome, StepEvent
 from megatron_b2.training.metrics import read_metrics
 from tests.dist.test_resume import StopAfter, rank_run
 from tests.golden_model import load_golden
@@ -28,20 +30,21 @@ from tests.training.runs import run, run_config, write_data
 
 LEGAL = layouts.legal_cases()
 COVERING = layouts.covering_cases(LEGAL, seed=0)
+References = dict[tuple[layouts.Style, int], layouts.Trace]
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[str, layouts.Trace]:
-    return {s: layouts.trace_run(layouts.reference_config(s, seed=0)) for s in ("7b", "13b")}
+def references() -> References:
+    return layouts.reference_traces(LEGAL, seed=0)
 
 
-def check(case: layouts.Case, references: dict[str, layouts.Trace]) -> None:
-    result = layouts.compare(case, references[case.style], seed=0)
+def check(case: layouts.Case, references: References) -> None:
+    result = layouts.compare(case, references, seed=0)
     assert result.passed, result.failure or result
 
 
 @pytest.mark.parametrize("case", COVERING, ids=lambda case: case.name.replace(" ", "-"))
-def test_covering_layouts_equal_one_process(case: layouts.Case, references: dict[str, layouts.Trace]) -> None:
+def test_covering_layouts_equal_one_process(case: layouts.Case, references: References) -> None:
     check(case, references)
 
 
@@ -49,9 +52,7 @@ def test_covering_layouts_equal_one_process(case: layouts.Case, references: dict
 @pytest.mark.parametrize(
     "case", [case for case in LEGAL if case not in COVERING], ids=lambda case: case.name.replace(" ", "-")
 )
-def test_every_legal_layout_equals_one_process(
-    case: layouts.Case, references: dict[str, layouts.Trace]
-) -> None:
+def test_every_legal_layout_equals_one_process(case: layouts.Case, references: References) -> None:
     check(case, references)
 
 
@@ -60,6 +61,7 @@ def test_the_covering_subset_has_every_pair_of_values() -> None:
         return set().union(*(layouts._pairs(case) for case in cases))
 
     assert pairs(COVERING) == pairs(LEGAL)
+    assert set(layouts.EXTRA_CASES) <= set(COVERING)
 
 
 def golden_gradients(style: str, layout: dict[str, Any]) -> tuple[float, list[Any]]:
@@ -126,7 +128,7 @@ def test_golden_gradients_in_every_kind_of_layout(style: str, ranks: int, layout
 
 
 @pytest.mark.parametrize("tensor", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_40_alibi_heads_over_tensor_parallel_ranks(tensor: int, references: dict[str, layouts.Trace]) -> None:
+def test_40_alibi_heads_over_tensor_parallel_ranks(tensor: int, references: References) -> None:
     case = layouts.Case("13b", tensor, 1, 1, 1, False, 1, False, "1f1b")
     check(case, references)
 
@@ -161,8 +163,27 @@ def half_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunCo
     half = reshard_config(
         folder / "half", prefix, {"engine": "deepspeed", "zero_stage": 1, "tensor": 2, "pipeline": 2}
     )
-    run_ranks(8, rank_run, half, StopAfter(10), timeout=240)
+    assert run_ranks(8, rank_run, half, StopAfter(10), timeout=240) == [Outcome.PREEMPTED] * 8
     return straight, half
+
+
+class FirstStep(Callback):
+    """The first step that ran, 1-based."""
+
+    step = 0
+
+    def step_begin(self, event: StepEvent) -> None:
+        self.step = self.step or event.step + 1
+
+
+def continued(config: RunConfig, comm: Comm | None = None) -> tuple[Outcome, int]:
+    """Outcome and first step."""
+    first = FirstStep()
+    return run(config, first, comm=comm), first.step
+
+
+def rank_continued(config: RunConfig) -> tuple[Outcome, int]:
+    return continued(config, ProcessGroupComm())
 
 
 @pytest.mark.parametrize(("name", "ranks", "parallel"), RESHARD_TO, ids=[name for name, _, _ in RESHARD_TO])
@@ -179,10 +200,11 @@ def test_a_checkpoint_of_one_layout_continues_in_another(
     resumed = replace(half, output_dir=str(tmp_path / "run"))
     if parallel is None:
         resumed = replace(resumed, parallel=ParallelConfig())
-        run(resumed)
+        found = [continued(resumed)]
     else:
         resumed = replace(resumed, parallel=ParallelConfig(engine="deepspeed", **parallel))
-        run_ranks(ranks, rank_run, resumed, timeout=240)
+        found = run_ranks(ranks, rank_continued, resumed, timeout=240)
+    assert found == [(Outcome.COMPLETED, 11)] * ranks
     assert_same_run(resumed, straight)
 
 
@@ -204,12 +226,13 @@ def assert_same_run(found: RunConfig, expected: RunConfig) -> None:
         torch.testing.assert_close(*(read(name) for read in readers), atol=1e-5, rtol=0)
 
 
-def test_bf16_with_pipeline_and_tensor_parallelism(references: dict[str, layouts.Trace]) -> None:
+def test_bf16_with_pipeline_and_tensor_parallelism(references: References) -> None:
     case = layouts.Case("7b", 2, 2, 1, 1, True, 1, False, "1f1b")
     config = case.config(seed=0)
     traces = run_ranks(4, layouts.trace_run, replace(config, train=replace(config.train, precision="bf16")))
+    expected = references["7b", case.global_batch].steps
     for trace in traces:
-        difference = ((trace.steps - references["7b"].steps) / references["7b"].steps).abs()
+        difference = ((trace.steps - expected) / expected).abs()
         assert difference[:, :2].max() < 2e-3
         assert difference[:, 3].max() < 2e-2
 
@@ -236,9 +259,65 @@ def test_a_nan_in_a_pipeline_names_rank_and_layer_everywhere(schedule: Any) -> N
         assert "step 2: rank 1: loss is not finite, first seen in the output of layers.7.mlp" in message
 
 
-def test_illegal_layouts_are_refused_before_anything_runs() -> None:
-    illegal = [case for case in layouts.cases() if layouts.refusals(case)]
-    assert len(illegal) + len(LEGAL) >= len(list(layouts.cases())) - 8  # single-rank cases are neither
-    pipeline_zero_3 = [c for c in layouts.cases() if c.pipeline > 1 and c.zero_stage > 1]
-    assert pipeline_zero_3
-    assert all(layouts.refusals(case) for case in pipeline_zero_3)
+def test_exactly_the_illegal_layouts_are_refused() -> None:
+    """The rules of `config` against `broken_rules`, which shares nothing with them, for every combination."""
+    assert layouts.wrong_refusals() == []
+    several = [case for case in layouts.cases() if case.world_size > 1]
+    legal = [case for case in several if not layouts.broken_rules(case)]
+    assert 100 < len(legal) < len(several) / 2
+    assert {*legal, *layouts.EXTRA_CASES} == set(LEGAL)
+
+
+def test_a_lost_rule_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [rule for rule in checks.RULES if rule.__name__ != "pipeline_needs_zero_0_or_1"]
+    assert len(kept) == len(checks.RULES) - 1
+    monkeypatch.setattr(checks, "RULES", kept)
+    wrong = layouts.wrong_refusals()
+    assert "7b tp1 pp2 dp1 cp1 1f1b zero2 is not refused, but: a pipeline needs ZeRO-0 or 1" in wrong
+
+
+PLAIN = layouts.Case("7b", 1, 1, 2, 1, False, 1, False, "1f1b")
+ILLEGAL = {
+    "tensor divides heads, FFN and vocabulary": replace(PLAIN, tensor=3),
+    "sequence parallelism needs tensor": replace(PLAIN, sequence_parallel=True),
+    "sequence parallelism splits equally": replace(
+        PLAIN, style="13b", tensor=8, context=8, sequence_parallel=True, context_method="ring"
+    ),
+    "context divides the sequence": replace(PLAIN, context=3),
+    "ulysses divides heads": replace(PLAIN, tensor=8, context=2, context_method="ulysses"),
+    "a pipeline needs ZeRO-0 or 1": replace(PLAIN, pipeline=2, zero_stage=2),
+    "a pipeline needs micro-batches": replace(PLAIN, pipeline=4, data=8),
+    "every stage needs a layer": replace(PLAIN, pipeline=8, data=1, schedule="interleaved"),
+    "interleaved needs a pipeline": replace(PLAIN, schedule="interleaved"),
+    "interleaved needs whole rounds": replace(PLAIN, pipeline=3, data=1, schedule="interleaved"),
+    "zero-bubble needs a pipeline": replace(PLAIN, schedule="zero_bubble"),
+    "hpZ needs ZeRO-3": replace(PLAIN, hpz=True),
+    "hpZ needs pipeline = 1": replace(PLAIN, pipeline=2, hpz=True),
+    "hpZ needs tensor = 1": replace(PLAIN, tensor=2, zero_stage=3, hpz=True),
+    "hpZ divides data x context": replace(PLAIN, data=1, zero_stage=3, hpz=True),
+    "micro-batches divide the batch": replace(PLAIN, data=3),
+}
+
+
+class ManyComm(SingleComm):
+    """One process that says it is one of many."""
+
+    def __init__(self, size: int) -> None:
+        self.many = size
+
+    @property
+    def size(self) -> int:
+        return self.many
+
+
+@pytest.mark.parametrize("rule", ILLEGAL)
+def test_the_engine_refuses_what_breaks_a_rule_before_it_makes_anything(rule: str) -> None:
+    case = ILLEGAL[rule]
+    assert rule in layouts.broken_rules(case)
+    with pytest.raises(ConfigError):  # without a process group, all that comes later fails otherwise
+        build_engine(case.config(seed=0), comm=ManyComm(case.world_size), device=torch.device("cpu"))
+
+
+def test_there_is_an_example_of_every_rule() -> None:
+    assert set(ILLEGAL) == {rule for case in ILLEGAL.values() for rule in layouts.broken_rules(case)}
+    assert not layouts.broken_rules(PLAIN)

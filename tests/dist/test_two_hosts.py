@@ -117,7 +117,7 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
     pair.close()
 
 
-def tiny(folder: Path, *, steps: int, data: Path, prefix: Path | None = None) -> RunConfig:
+def tiny(folder: Path, *, steps: int, data: Path, prefix: Path | None = None, tensor: int = 1) -> RunConfig:
     return run_config(
         folder,
         prefix or write_data(data),
@@ -125,6 +125,7 @@ def tiny(folder: Path, *, steps: int, data: Path, prefix: Path | None = None) ->
         parallel={
             "engine": "deepspeed",
             "zero_stage": 1,
+            "tensor": tensor,
             "watchdog_seconds": SECONDS,
             "first_step_seconds": 120.0,
         },
@@ -138,7 +139,7 @@ def saved(config: RunConfig, name: str, folder: Path) -> str:
     return str(path)
 
 
-def torchrun(node: int, config: str, *, nodes: int = 2, per_node: int = 1) -> list[str]:
+def torchrun(node: int, config: str, *, nodes: int = 2, per_node: int) -> list[str]:
     where = [
         f"--nnodes={nodes}",
         f"--node-rank={node}",
@@ -155,18 +156,21 @@ def numbers(config: RunConfig) -> list[tuple[float, ...]]:
     return [tuple(record[name] for name in names) for record in records if record["kind"] == "train"]
 
 
-def one_host(hosts: Hosts, folder: Path, *, steps: int, per_node: int = 2) -> list[tuple[float, ...]]:
-    config = tiny(folder / "one", steps=steps, data=folder, prefix=folder / "data0")
-    command = torchrun(0, saved(config, "one.toml", folder), nodes=1, per_node=per_node)
+def one_host(hosts: Hosts, folder: Path, *, steps: int) -> list[tuple[float, ...]]:
+    """The same TP2 x DP2 on one of them."""
+    config = tiny(folder / "one", steps=steps, data=folder, prefix=folder / "data0", tensor=2)
+    command = torchrun(0, saved(config, "one.toml", folder), nodes=1, per_node=4)
     process = hosts.start(0, command, log="one.log")
     assert process.wait(START_SECONDS) == 0, (folder / "one.log").read_text()
     return numbers(config)
 
 
 def test_torchrun_over_two_hosts_equals_one(hosts: Hosts, tmp_path: Path) -> None:
-    config = tiny(tmp_path / "two", steps=6, data=tmp_path)
+    """TP2 on each, DP2 across them."""
+    config = tiny(tmp_path / "two", steps=6, data=tmp_path, tensor=2)
     file = saved(config, "two.toml", tmp_path)
-    processes = [hosts.start(node, torchrun(node, file), log=f"two{node}.log") for node in range(2)]
+    commands = [torchrun(node, file, per_node=2) for node in range(2)]
+    processes = [hosts.start(node, command, log=f"two{node}.log") for node, command in enumerate(commands)]
     for node, process in enumerate(processes):
         assert process.wait(START_SECONDS) == 0, (tmp_path / f"two{node}.log").read_text()
     assert len(numbers(config)) == 6
@@ -176,7 +180,7 @@ def test_torchrun_over_two_hosts_equals_one(hosts: Hosts, tmp_path: Path) -> Non
 def test_a_cut_cable_ends_both_hosts(hosts: Hosts, tmp_path: Path) -> None:
     config = tiny(tmp_path / "cut", steps=1_000_000, data=tmp_path)
     file = saved(config, "cut.toml", tmp_path)
-    processes = [hosts.start(node, torchrun(node, file), log=f"cut{node}.log") for node in range(2)]
+    processes = [hosts.start(node, torchrun(node, file, per_node=1), log=f"cut{node}.log") for node in range(2)]
     metrics = Path(config.output_dir) / "metrics.jsonl"
     deadline = time.monotonic() + START_SECONDS
     while not (metrics.is_file() and metrics.stat().st_size):
@@ -228,9 +232,9 @@ def ssh(hosts: Hosts, tmp_path: Path) -> Path:
 
 
 def test_deepspeed_launcher_with_a_hostfile_equals_one_host(hosts: Hosts, ssh: Path, tmp_path: Path) -> None:
-    config = tiny(tmp_path / "ds", steps=6, data=tmp_path)
+    config = tiny(tmp_path / "ds", steps=6, data=tmp_path, tensor=2)
     hostfile, variables = tmp_path / "hostfile", tmp_path / "variables"
-    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    hostfile.write_text("".join(f"{address} slots=2\n" for address in ADDRESSES))
     variables.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\nDS_ACCELERATOR=cpu\n")
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}"]
     where = [f"--master_addr={ADDRESSES[0]}", f"--master_port={PORT}", "--module", "tests.dist.program"]

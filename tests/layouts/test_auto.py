@@ -116,6 +116,18 @@ def test_nothing_fits_names_the_closest_and_what_would_help() -> None:
     )
 
 
+def test_broken_rules_are_reported_before_anything_is_chosen() -> None:
+    config = load_config("preset:baichuan2-13b", ["--parallel.auto", "--parallel.tensor", "8"]).config
+    with pytest.raises(ConfigError, match="100 ranks is not a multiple of tensor x context x pipeline"):
+        resolve_auto(config, world_size=100)
+
+
+def test_the_given_zero_stage_does_not_matter() -> None:
+    given = ("--parallel.offload-optimizer", "--parallel.zero-stage")
+    zero, one = (choose(64, *given, stage) for stage in ("0", "1"))
+    assert zero.config == one.config
+
+
 def test_choice_is_deterministic() -> None:
     first, second = (choose(64, "--parallel.memory-gb", "40") for _ in range(2))
     assert first.config == second.config

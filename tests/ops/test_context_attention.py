@@ -24,6 +24,7 @@ from megatron_b2.parallel.context_parallel import ContextParallel, Ring, resolve
 from megatron_b2.testing.fork import run_ranks
 from tests.ops.test_head_loss import LargestTensor
 from tests.ops.test_ops import naive
+from tests.parallel.trail import Trail
 
 Method = Literal["ulysses", "ring"]
 LENGTH, WIDTH = 48, 8
@@ -403,3 +404,29 @@ def test_one_rank_attends_alone() -> None:
     alone = context_attention(q, k, v, context=ContextParallel(), alibi_slopes=None, documents=None)
     assert torch.equal(alone, causal_attention(q, k, v))
     assert replace(ContextParallel(), size=4, rank=2).shard(torch.arange(8)[None]).tolist() == [[4, 5]]
+
+
+def test_breadcrumbs_name_whom_the_ring_waits_for() -> None:
+    """In the second of two rings, so that context ranks 0 and 1 are global ranks 1 and 3."""
+
+    def run() -> list[tuple[str, int | None, tuple[int, ...]]]:
+        groups = [dist.new_group([first, first + 2]) for first in (0, 1)]
+        rank, trail = dist.get_rank(), Trail()
+        part(inputs(2), None, None, ContextParallel(2, rank // 2, groups[rank % 2], "ring", trail))
+        assert trail.current.peers == ()
+        return trail.seen
+
+    _, first, _, second = run_ranks(4, run)
+    forward, backward = "attention ring, forward", "attention ring, backward"
+    assert first == [
+        (f"{forward}: send", None, (3,)),
+        (f"{backward}: send", None, (3,)),  # keys and values
+        (f"{backward}: send", None, (3,)),  # their gradient
+        (f"{backward}: receive", None, (3,)),  # the whole of it
+    ]
+    assert second == [
+        (f"{forward}: receive", None, (1,)),
+        (f"{backward}: receive", None, (1,)),
+        (f"{backward}: receive", None, (1,)),
+        (f"{backward}: send", None, (1,)),
+    ]

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import gradcheck
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from megatron_b2.ops import attention
 from megatron_b2.ops.alibi import alibi_slopes
 from megatron_b2.ops.attention import Documents, causal_attention
-from megatron_b2.ops.rms_norm import rms_norm
-from megatron_b2.ops.rope import apply_rope, rope_table
+from megatron_b2.ops.rms_norm import add_rms_norm, rms_norm
+from megatron_b2.ops.rope import rope_split, rope_table
 from megatron_b2.ops.swiglu import swiglu
 from tests.ops.test_head_loss import LargestTensor
 
@@ -60,16 +61,49 @@ def test_swiglu_equals_float64_autograd() -> None:
 
 
 def test_rope_equals_transformers_and_its_backward_is_the_inverse_rotation() -> None:
-    x = torch.randn(2, 9, 3, 16, requires_grad=True)
+    qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 300, 4095]]).expand(2, 9)
     cos, sin = rope_table(positions, head_dim=16, base=10_000.0)
-    ours = apply_rope(x, cos, sin)
+    ours = rope_split(qkv, cos, sin)
     full = [torch.cat([t, t], dim=-1) for t in (cos, sin)]
-    theirs, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), *full)
-    torch.testing.assert_close(ours, theirs.transpose(1, 2), atol=1e-6, rtol=1e-6)
-    weight = torch.randn_like(ours)
-    (ours * weight).sum().backward()
-    torch.testing.assert_close(x.grad, apply_rope(weight, cos, -sin), atol=1e-6, rtol=1e-6)
+    theirs = apply_rotary_pos_emb(*(x.transpose(1, 2) for x in qkv.unbind(2)[:2]), *full)
+    for mine, expected in zip(ours, theirs, strict=False):
+        torch.testing.assert_close(mine, expected.transpose(1, 2), atol=1e-6, rtol=1e-6)
+    assert torch.equal(ours[2], qkv[:, :, 2])
+    weights = torch.randn(3, *ours[0].shape)
+    torch.autograd.backward(ours, weights.unbind(0))
+    back = rope_split(weights.movedim(0, 2), cos, -sin)
+    torch.testing.assert_close(qkv.grad, torch.stack(back, dim=2), atol=1e-6, rtol=1e-6)
+
+
+def test_add_rms_norm_is_the_norm_of_the_sum() -> None:
+    x, residual, weight = (
+        torch.randn(*shape, requires_grad=True) for shape in ((3, 5, 48), (3, 5, 48), (48,))
+    )
+    ours = add_rms_norm(x, residual, weight, eps=1e-6)
+    copies = [t.detach().clone().requires_grad_() for t in (x, residual, weight)]
+    total = copies[0] + copies[1]
+    expected = (rms_norm(total, copies[2], eps=1e-6), total)
+    grads = [torch.randn_like(t) for t in ours]
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    torch.autograd.backward(ours, grads)
+    torch.autograd.backward(expected, grads)
+    for mine, copy in zip((x, residual, weight), copies, strict=True):
+        torch.testing.assert_close(mine.grad, copy.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_of_the_references_by_finite_differences() -> None:
+    """In float64, which the references keep."""
+    x, residual, weight = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 6), (2, 3, 6), (6,))
+    )
+    assert gradcheck(lambda x, w: rms_norm(x, w, eps=1e-6), (x, weight))
+    assert gradcheck(lambda x, r, w: add_rms_norm(x, r, w, eps=1e-6), (x, residual, weight))
+    assert gradcheck(swiglu, (x,))
+    cos, sin = (t.double() for t in rope_table(torch.arange(3).unsqueeze(0), head_dim=4, base=10_000.0))
+    qkv = torch.randn(2, 3, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda qkv: rope_split(qkv, cos, sin), (qkv,))
 
 
 def naive(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, segments: Tensor | None) -> Tensor:

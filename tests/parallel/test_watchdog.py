@@ -111,6 +111,13 @@ def test_chains_lead_to_their_end() -> None:
     assert ranks == [0]
 
 
+def test_who_is_missing_among_ranks_that_name_all_others_is_to_blame() -> None:
+    """A sum over a group whose calls are not counted."""
+    peers = [tuple({0, 1, 2, 3} - {rank}) if rank != 2 else () for rank in range(4)]
+    states = [state(rank, crumb=Crumb(step=5, peers=peers[rank], patient=False)) for rank in range(4)]
+    assert blame(states)[:2] == ("stalled", [2])
+
+
 def test_a_ring_that_waits_for_itself_is_named_as_a_whole() -> None:
     states = [state(rank, crumb=Crumb(step=5, peers=((rank + 1) % 4,), patient=False)) for rank in range(4)]
     assert blame(states)[:2] == ("stalled", [0, 1, 2, 3])

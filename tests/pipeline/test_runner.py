@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_b2.errors import ConfigError
 from megatron_b2.pipeline.runner import PipelineRunner
 from megatron_b2.testing.fork import run_ranks
+from tests.parallel.trail import Trail
 from tests.pipeline.toy import LAYERS, SHAPE, Stage, bounds, gradients, micro_batches, one_process
 
 CASES = [
@@ -74,7 +75,6 @@ def train(schedule: str, num_ranks: int, num_chunks: int, num_micro: int, shared
         rank, num_micro=num_micro, shape=SHAPE, after_backward=lambda *place: calls.append(place)
     )
     assert sorted(calls) == [(c, m) for c in range(num_chunks) for m in range(num_micro)]
-    assert runner.progress is None
     return evaluated, losses, gradients(rank.stages)
 
 
@@ -197,33 +197,47 @@ def test_receives_are_there_before_they_are_needed() -> None:
     assert times[2] - times[1] < 0.5
 
 
-def test_a_watchdog_can_see_what_a_rank_waits_for() -> None:
+def test_breadcrumbs_name_what_a_rank_computes_and_whom_it_waits_for() -> None:
+    """In the second of two pipelines, so that pipeline ranks 0 and 1 are global ranks 1 and 3."""
+
     def run():
-        runner = make_runner("1f1b", 2, 1)
-        seen = []
+        groups = [dist.new_group([first, first + 2]) for first in (0, 1)]
+        trail = Trail()
+        runner = PipelineRunner(
+            schedule="1f1b",
+            rank=dist.get_rank() // 2,
+            num_ranks=2,
+            group=groups[dist.get_rank() % 2],
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            crumbs=trail,
+        )
+        rank = Rank(2, 1, 2, pipeline_rank=dist.get_rank() // 2)
+        runner.run(rank, num_micro=2, shape=SHAPE)
+        assert trail.current.operation == "starting"
+        return trail.seen
 
-        def forward(chunk: int, micro: int, x: Tensor | None) -> Tensor:
-            seen.append(runner.progress.describe())
-            return torch.ones(SHAPE, requires_grad=True) * 1 if x is None else x.sum()
-
-        take = runner._receive
-
-        def receive(transport, step):
-            out = take(transport, step)
-            if step.needs is not None:
-                seen.append(runner.progress.describe())
-            return out
-
-        runner._receive = receive
-        runner.run(forward, num_micro=2, shape=SHAPE)
-        return seen
-
-    first, second = run_ranks(2, run)
-    assert first[0] == "computes the forward of micro-batch 0, chunk 0"
-    assert second[0] == (
-        "waits, for the forward of micro-batch 0, chunk 0, for the activation of micro-batch 0 for stage 1 "
-        "(pipeline rank 0 to 1)"
-    )
+    _, first, _, second = run_ranks(4, run)
+    assert first == [
+        ("forward of stage 0", 0, ()),
+        ("forward of stage 0", 1, ()),
+        ("receive gradient for stage 0", 0, (3,)),
+        ("send activation for stage 1", 0, (3,)),
+        ("backward of stage 0", 0, ()),
+        ("receive gradient for stage 0", 1, (3,)),
+        ("send activation for stage 1", 1, (3,)),
+        ("backward of stage 0", 1, ()),
+    ]
+    assert second == [
+        ("receive activation for stage 1", 0, (1,)),
+        ("forward of stage 1", 0, ()),
+        ("backward of stage 1", 0, ()),
+        ("receive activation for stage 1", 1, (1,)),
+        ("forward of stage 1", 1, ()),
+        ("backward of stage 1", 1, ()),
+        ("send gradient for stage 0", 0, (1,)),
+        ("send gradient for stage 0", 1, (1,)),
+    ]
 
 
 def test_ranks_with_different_settings_refuse_to_start() -> None:

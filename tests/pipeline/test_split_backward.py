@@ -81,6 +81,18 @@ def test_hooks_on_parameters_fire_once_a_micro_batch_as_in_one_backward() -> Non
     assert found == expected
 
 
+def test_hooks_on_parameters_fire_in_the_second_pass() -> None:
+    """Where they call a collective, as under sequence parallelism, it runs in W, not in I (docs/pipeline.md)."""
+    stage, x, calls = Stage(2, 5), stage_input(), []
+    for parameter in stage.parameters():
+        parameter.register_hook(calls.append)
+    split = SplitBackward(get_gradient_edge(stage(x, LABELS)), torch.ones(SHAPE), x)
+    split.input_gradient()
+    assert calls == []
+    split.accumulate_weights()
+    assert len(calls) == len(list(stage.parameters()))
+
+
 def test_a_hook_that_changes_a_parameter_gradient_works() -> None:
     stages = [Stage(2, 5), Stage(2, 5)]
     for stage in stages:

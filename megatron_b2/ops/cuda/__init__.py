@@ -1,0 +1,1 @@
+"""CUDA C++ kernels (csrc/cuda), one operation per file, named and called as the torch references."""

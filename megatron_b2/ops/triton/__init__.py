@@ -1,0 +1,1 @@
+"""Triton kernels, one operation per file, named and called as the torch references."""

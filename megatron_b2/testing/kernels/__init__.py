@@ -1,0 +1,1 @@
+"""Verification of kernels: parity with float64, machine code without a GPU, CUDA sources on the CPU."""

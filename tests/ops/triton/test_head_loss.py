@@ -1,0 +1,487 @@
+"""NormHead + cross-entropy + max-z in Triton: parity, invariants, ranks, ties, scales, sizes beyond int32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo  # TorchDispatchMode imports it: once here, not in each forked rank (2 s)
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_b2.parallel.tensor_parallel import TensorParallel
+from megatron_b2.testing.kernels import head_loss as kit
+from megatron_b2.testing.kernels.interpreter import run_interpreted
+from megatron_b2.testing.kernels.parity import Check
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.name, marks=[] if check.quick else [pytest.mark.slow])
+        for check in kit.checks()
+    ],
+)
+def test_parity(check: Check) -> None:
+    assert [one for one in run_interpreted(check.run, CPU) if not one.passed] == []
+
+
+def inputs(tokens: int, vocab: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(vocab, width, generator=generator)
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    labels[::5] = -100
+    return hidden, weight, labels
+
+
+def run(
+    function: Callable[..., Any],
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    upstream: float = 1.0,
+    **scales: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(total, gradient of hidden, gradient of weight)."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    total = function(hidden, weight, labels, **scales).total
+    return (total.detach(), *torch.autograd.grad(total * upstream, (hidden, weight)))
+
+
+# Invariants (KERNELS 3.3)
+
+
+def check_invariants() -> None:
+    from megatron_b2.ops.triton import head_loss
+
+    @settings(max_examples=4, deadline=None, database=None)
+    @given(
+        tokens=st.integers(1, 40),
+        vocab=st.integers(1, 150),
+        width=st.integers(1, 40),
+        seed=st.integers(0, 99),
+        alpha=st.sampled_from((0.125, 7.0)),
+        z_scale=st.sampled_from((0.0, 0.05)),
+    )
+    def holds(tokens: int, vocab: int, width: int, seed: int, alpha: float, z_scale: float) -> None:
+        hidden, weight, labels = inputs(tokens, vocab, width, seed)
+        scales = {"ce_scale": 0.3, "z_scale": z_scale}
+        total, grad_hidden, grad_weight = run(head_loss.norm_head_loss, hidden, weight, labels, **scales)
+        size = grad_weight.norm(dim=1) * weight.norm(dim=1)
+        inner = (grad_weight * weight).sum(dim=1).abs()
+        # Where a row's gradient is nearly parallel to the row, what is left after projection is rounding.
+        assert (inner <= 1e-5 * size + 1e-5 / weight.norm(dim=1)).all()
+        other = run(head_loss.norm_head_loss, hidden, alpha * weight, labels, **scales)
+        torch.testing.assert_close(other[0], total, atol=1e-6, rtol=2e-6)
+        torch.testing.assert_close(other[1], grad_hidden, atol=3e-6, rtol=1e-5)
+        scale = float((1 / weight.norm(dim=1)).max())
+        torch.testing.assert_close(alpha * other[2], grad_weight, atol=2e-5 * max(1.0, scale), rtol=1e-4)
+        if z_scale == 0:
+            logits = hidden @ F.normalize(weight).t()
+            plain = 0.3 * F.cross_entropy(logits, labels, reduction="sum")
+            torch.testing.assert_close(total, plain, atol=1e-5, rtol=1e-5)
+        check_columns(head_loss, hidden, weight, labels)
+
+    holds()
+
+
+def check_columns(head_loss: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """delta sums to 2 z_scale M over the vocabulary; no logit is longer than its hidden state."""
+    head = head_loss.Head.of(hidden, weight, labels, TensorParallel())
+    statistics = head_loss.whole_statistics(head)
+    top = statistics[0]
+    assert (top.abs() <= hidden.norm(dim=1) * (1 + 1e-5) + 1e-6).all()
+    buffer = torch.empty(len(hidden), len(weight))
+    scales = torch.tensor([1.0, 0.25])
+    delta = head_loss.logit_gradient(head, statistics, scales, slice(0, len(weight)), buffer)
+    sums = (delta.values / head.inverse_norms).sum(dim=1)
+    torch.testing.assert_close(sums, 0.25 * top, atol=1e-5, rtol=1e-5)
+
+
+def test_invariants_hold() -> None:
+    run_interpreted(check_invariants)
+
+
+def check_rounded_sums(dtype: torch.dtype) -> None:
+    """The projection takes away <w, D^T h> of D as rounded, or rows would drift along themselves."""
+    from megatron_b2.ops.triton import head_loss
+
+    hidden, weight, labels = (x.to(dtype) if x.is_floating_point() else x for x in inputs(40, 70, 24))
+    head = head_loss.Head.of(hidden, weight, labels, TensorParallel())
+    buffer = torch.empty(40, 70, dtype=dtype)
+    statistics, scales = head_loss.whole_statistics(head), torch.tensor([1.0, 0.25])
+    delta = head_loss.logit_gradient(head, statistics, scales, slice(0, 70), buffer)
+    exact = (delta.values.double() * (hidden.double() @ weight.double().t())).sum(dim=0)
+    torch.testing.assert_close(delta.sums.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_row_gradients_are_orthogonal_to_their_rows_before_the_last_rounding(dtype: torch.dtype) -> None:
+    run_interpreted(check_rounded_sums, dtype)
+
+
+# Ties, labels, rows without length, scales
+
+
+def check_ties(keeps: bool) -> None:
+    from megatron_b2.ops.triton import head_loss
+
+    function = head_loss.norm_head_loss_kept if keeps else head_loss.norm_head_loss
+    rank, size = dist.get_rank(), dist.get_world_size()
+    tensor = TensorParallel(size=size, rank=rank, group=dist.group.WORLD if size > 1 else None)
+    hidden = torch.tensor([[1.0, 0.0]])
+    # Of eight rows 1, 2, 5 and 6 tie; each would turn towards hidden.
+    rows = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 2.0], [-1.0, 0.0]]).repeat(2, 1)
+    shard = rows.chunk(size)[rank]
+    total, _, grad = run(
+        function, hidden, shard, torch.tensor([-100]), ce_scale=1.0, z_scale=1.0, tensor=tensor
+    )
+    torch.testing.assert_close(total, torch.tensor(0.5))
+    touched = [rank * len(shard) + i for i in range(len(shard)) if grad[i].abs().sum() > 0]
+    assert touched == ([1] if rank == 0 else [])
+    # In one segment of 200 rows, in one tile and in others.
+    rows = torch.tensor([[0.0, 1.0]]).repeat(1600, 1)
+    rows[[205, 220, 270, 390]] = 1.0
+    head = head_loss.Head.of(hidden, rows.chunk(size)[rank], torch.tensor([3]), tensor)
+    assert head_loss.whole_statistics(head)[2].tolist() == [205]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_tie_goes_to_the_lowest_id_over_all_ranks(ranks: int) -> None:
+    run_interpreted(check_ties, ranks == 2, ranks=ranks)
+
+
+def check_floor_and_scales() -> None:
+    from megatron_b2.ops.triton import head_loss
+
+    hidden, weight, labels = inputs(19, 70, 24)
+    # At the floor n_v = 1e12, and a gradient times 1e12 says little in fp32: of these rows only G_v is asked.
+    weight[3] = 0
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    kit.formula(*exact, labels, ce_scale=0.3, z_scale=0.1).total.backward()
+    total, grad_hidden, grad_weight = run(
+        head_loss.norm_head_loss, hidden, weight, labels, ce_scale=0.3, z_scale=0.1
+    )
+    torch.testing.assert_close(grad_hidden.double(), exact[0].grad, atol=1e-6, rtol=1e-5)
+    assert exact[1].grad[3].abs().max() > 1e9
+    torch.testing.assert_close(grad_weight[3].double(), exact[1].grad[3], atol=0, rtol=1e-4)
+    # Scales as tensors, another upstream gradient, gradients from kept products: the same up to rounding.
+    scales = {"ce_scale": torch.tensor(0.3), "z_scale": torch.tensor(0.1, dtype=torch.float64)}
+    for function in (head_loss.norm_head_loss, head_loss.norm_head_loss_kept):
+        other = run(function, hidden, weight, labels, upstream=4.0, **scales)
+        assert torch.equal(other[0], total)
+        torch.testing.assert_close(other[1], 4 * grad_hidden, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(other[2], 4 * grad_weight, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_at_the_norm_floor_and_every_kind_of_scale() -> None:
+    run_interpreted(check_floor_and_scales)
+
+
+def check_tiny_scales() -> None:
+    """1 / tokens of a global batch times a probability is zero in fp16; the gradient must not be."""
+    from megatron_b2.ops.triton import head_loss
+
+    hidden, weight, labels = (x.half() if x.is_floating_point() else x for x in inputs(19, 70, 24))
+    plain = run(head_loss.norm_head_loss, hidden, weight, labels, ce_scale=0.5, z_scale=0.125)
+    for function in (head_loss.norm_head_loss, head_loss.norm_head_loss_kept):
+        scales = {"ce_scale": 0.5 * 2.0**-30, "z_scale": 0.125 * 2.0**-30}
+        scaled = run(function, hidden, weight, labels, upstream=2.0**30, **scales)
+        for ours, expected in zip(scaled[1:], plain[1:], strict=True):
+            assert torch.equal(ours, expected)
+    nothing = run(head_loss.norm_head_loss, hidden, weight, labels, ce_scale=0.0, z_scale=0.0)
+    assert [float(x.abs().sum()) for x in nothing] == [0, 0, 0]
+
+
+def test_scales_of_a_large_batch_do_not_underflow_in_half_precision() -> None:
+    run_interpreted(check_tiny_scales)
+
+
+def check_graph() -> None:
+    from megatron_b2.ops.triton import head_loss
+
+    hidden, weight, labels = inputs(19, 70, 24)
+    labels = torch.stack([labels, labels], dim=1)[:, 0]  # not contiguous
+    both = run(head_loss.norm_head_loss, hidden, weight, labels, ce_scale=0.3, z_scale=0.1)
+    for function in (head_loss.norm_head_loss, head_loss.norm_head_loss_kept):
+        for wanted in (0, 1):
+            leaves = [x.clone().requires_grad_(i == wanted) for i, x in enumerate((hidden, weight))]
+            # Columns first in memory: made contiguous inside.
+            arguments = [leaves[0].t().contiguous().t(), leaves[1].t().contiguous().t()]
+            loss = function(*arguments, labels, ce_scale=0.3, z_scale=0.1)
+            assert not loss.ce.requires_grad
+            assert not loss.max_z.requires_grad
+            first = torch.autograd.grad(loss.total, leaves[wanted], retain_graph=True)[0]
+            again = torch.autograd.grad(loss.total, leaves[wanted])[0]
+            assert torch.equal(first, again)
+            torch.testing.assert_close(first, both[1 + wanted], atol=1e-6, rtol=1e-5)
+    assert torch.equal(
+        both[1], run(head_loss.norm_head_loss, hidden, weight, labels, ce_scale=0.3, z_scale=0.1)[1]
+    )
+    with torch.no_grad():
+        before = weight.clone()
+        assert torch.equal(
+            head_loss.norm_head_loss_kept(hidden, weight, labels, ce_scale=0.3, z_scale=0.1).total, both[0]
+        )
+        assert torch.equal(weight, before)
+    with pytest.raises(TypeError, match=r"hidden is torch\.float16 and weight is torch\.float32"):
+        head_loss.norm_head_loss(hidden.half(), weight, labels, ce_scale=1.0, z_scale=0.0)
+
+
+def test_graph_is_kept_runs_repeat_and_only_wanted_gradients_are_made() -> None:
+    run_interpreted(check_graph)
+
+
+def check_chunks() -> None:
+    """Several vocabulary chunks, several token chunks: sums go on in fp32."""
+    from unittest.mock import patch
+
+    from megatron_b2.ops.triton import head_loss
+
+    hidden, weight, labels = inputs(70, 300, 24)
+    whole = run(head_loss.norm_head_loss, hidden, weight, labels, ce_scale=0.3, z_scale=0.1)
+    constants = {"MAX_CHUNK": 128, "MIN_CHUNK": 128, "KEPT_BYTES": 1200 * 32, "CHUNK_MULTIPLE": 32}
+    with patch.multiple(head_loss, **constants):
+        assert head_loss.chunk_rows(70, 300, 4) == 128
+        for function in (head_loss.norm_head_loss, head_loss.norm_head_loss_kept):
+            parts = run(function, hidden, weight, labels, ce_scale=0.3, z_scale=0.1)
+            assert torch.equal(parts[0], whole[0])
+            torch.testing.assert_close(parts[1], whole[1], atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(parts[2], whole[2], atol=1e-6, rtol=1e-5)
+
+
+def test_chunks_of_the_vocabulary_and_of_tokens_change_nothing() -> None:
+    run_interpreted(check_chunks)
+
+
+# Ranks
+
+
+class Collectives(TorchDispatchMode):
+    """Names and elements of the collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            output = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+            self.calls.append((func.name().split("::")[1], output.numel()))
+        return func(*args, **(kwargs or {}))
+
+
+def share(tokens: int, vocab: int, width: int) -> tuple[Any, ...]:
+    """One rank of all: (loss bits, gradients, collectives of forward and backward)."""
+    from unittest.mock import patch
+
+    from megatron_b2.ops.triton import head_loss
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    hidden, weight, _ = inputs(tokens, vocab, width)
+    # On every rank, and in the padded columns of other ranks' last tiles.
+    labels = torch.arange(tokens) * (vocab // tokens) % vocab
+    labels[7] = -100
+    tensor = TensorParallel(
+        size=size, rank=rank, group=dist.group.WORLD if size > 1 else None, sequence_parallel=True
+    )
+    local_hidden = hidden.unsqueeze(0).chunk(size, dim=1)[rank].contiguous().requires_grad_()
+    local_weight = weight.chunk(size)[rank].contiguous().requires_grad_()
+    with patch.object(head_loss, "SPLIT_COLUMNS", 64):
+        whole = tensor.enter(local_hidden)[0]
+        with Collectives() as forward:
+            loss = head_loss.norm_head_loss(
+                whole, local_weight, labels, ce_scale=0.3, z_scale=0.01, tensor=tensor
+            )
+        with Collectives() as backward:
+            loss.total.backward()
+    return [x.detach() for x in loss], local_hidden.grad, local_weight.grad, forward.calls, backward.calls
+
+
+def test_one_two_and_four_ranks_have_the_same_loss_bits_and_gradients() -> None:
+    tokens, vocab, width = 32, 800, 24
+    alone = run_interpreted(share, tokens, vocab, width)
+    assert alone[3] == alone[4] == []
+    for ranks in (2, 4):
+        parts = run_interpreted(share, tokens, vocab, width, ranks=ranks)
+        for losses, _, _, forward, backward in parts:
+            assert all(torch.equal(ours, one) for ours, one in zip(losses, alone[0], strict=True))
+            assert [(name, elements) for name, elements in forward] == [
+                ("_allgather_base_", 4 * tokens * ranks)
+            ]
+            assert [name for name, _ in backward] == ["_reduce_scatter_base_"]
+        grad_hidden = torch.cat([part[1] for part in parts], dim=1)
+        grad_weight = torch.cat([part[2] for part in parts])
+        torch.testing.assert_close(grad_hidden, alone[1], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(grad_weight, alone[2], atol=1e-6, rtol=1e-5)
+
+
+def boundaries(vocab: int, ranks: int) -> list[int]:
+    """First vocabulary ids of all segments of all ranks with tiles of 128, by the rule of `segment_bounds`."""
+    from megatron_b2.ops.triton.head_loss import segments
+
+    rows = vocab // ranks
+    parts, splits = segments(rows, ranks)
+    found = []
+    for rank in range(ranks):
+        for part in range(parts):
+            begin, end = part * rows // parts, (part + 1) * rows // parts
+            tiles = -(-(end - begin) // 128)
+            found += [rank * rows + begin + split * tiles // splits * 128 for split in range(splits)]
+    return found
+
+
+@pytest.mark.parametrize("vocab", [125_696, 125_696 // 8, 520, 64])
+def test_segments_do_not_depend_on_the_number_of_ranks(vocab: int) -> None:
+    alone = boundaries(vocab, 1)
+    assert alone == sorted(alone)
+    assert len(alone) & (len(alone) - 1) == 0
+    for ranks in (2, 4, 8):
+        assert boundaries(vocab, ranks) == alone
+    assert len(boundaries(vocab, 16)) >= 16
+
+
+# Sizes
+
+
+def without_launches(function: Callable[[], Any]) -> Any:
+    """In a child: `function` with kernels that do nothing."""
+    from triton.runtime.jit import JITFunction
+
+    JITFunction.run = lambda self, *args, **kwargs: None
+    return function()
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes and elements of the largest new tensor, those of the shape of the weight set aside: its gradient."""
+
+    def __init__(self, weight: torch.Size) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bytes = self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = zip(out if isinstance(out, (tuple, list)) else (out,), func._schema.returns, strict=False)
+        for tensor, value in made:
+            is_view = value.alias_info is not None
+            if isinstance(tensor, Tensor) and not is_view and tensor.shape != self.weight:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def largest_temporaries(name: str, tokens: int, vocab: int, width: int) -> tuple[int, int]:
+    from megatron_b2.ops.triton import head_loss
+
+    meta = {"dtype": torch.bfloat16, "device": "meta"}
+    hidden = torch.empty(tokens, width, **meta).requires_grad_()
+    weight = torch.empty(vocab, width, **meta).requires_grad_()
+    labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+    # A tensor on meta has no value: anything that waits for one (.item()) raises.
+    scale = torch.empty((), device="meta")
+    with Allocations(weight.shape) as allocations:
+        loss = getattr(head_loss, name)(hidden, weight, labels, ce_scale=scale, z_scale=scale)
+        loss.total.backward()
+    assert weight.grad.dtype == hidden.grad.dtype == torch.bfloat16
+    return allocations.bytes, allocations.elements
+
+
+def test_no_temporary_is_larger_than_100_mb_and_nothing_waits_for_the_gpu() -> None:
+    from megatron_b2.testing.fork import run_ranks
+
+    tokens, vocab, width = 4096, 125_696, 4096
+    for name in ("norm_head_loss", "norm_head_loss_kept"):
+        arguments = (name, tokens, vocab, width)
+        ((size, elements),) = run_ranks(1, without_launches, lambda a=arguments: largest_temporaries(*a))
+        assert 0 < size <= 100e6
+        assert elements <= tokens * width < tokens * vocab / 16
+
+
+def strided(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns] whose third row begins behind 2^31 elements, in a file with holes."""
+    stride = 2**30 + 64
+    elements = (rows - 1) * stride + columns
+    return torch.from_file(str(path), shared=True, size=elements, dtype=dtype).as_strided(
+        (rows, columns), (stride, 1)
+    )
+
+
+def check_strides(folder: Path) -> None:
+    from megatron_b2.ops.triton import head_loss, matmul
+
+    hidden, weight, labels = (x.half() if x.is_floating_point() else x for x in inputs(3, 3, 16))
+    far = [strided(folder / f"{i}", 3, 16, torch.float16).copy_(x) for i, x in enumerate((hidden, weight))]
+    scales = {"ce_scale": 0.3, "z_scale": 0.1}
+    near = run(head_loss.norm_head_loss, hidden, weight, labels, **scales)
+    for ours, expected in zip(run(head_loss.norm_head_loss, *far, labels, **scales), near, strict=True):
+        assert torch.equal(ours, expected)
+    close = head_loss.Head.of(hidden, weight, labels, TensorParallel())
+    distant = head_loss.Head.of(*far, labels, TensorParallel())
+    products = [torch.empty(3, 3), strided(folder / "products", 3, 3, torch.float32)]
+    buffers = [torch.empty(3, 3).half(), strided(folder / "buffer", 3, 3, torch.float16)]
+    whole = [
+        head_loss.whole_statistics(head, kept) for head, kept in zip((close, distant), products, strict=True)
+    ]
+    assert torch.equal(*whole)
+    assert torch.equal(*products)
+    factors = torch.tensor([1.0, 0.25])
+    rows = slice(0, 3)
+    for kept in ((None, None), products):
+        deltas = [
+            head_loss.logit_gradient(head, whole[0], factors, rows, buffer, product)
+            for head, buffer, product in zip((close, distant), buffers, kept, strict=True)
+        ]
+        assert torch.equal(deltas[0].values, deltas[1].values)
+        assert torch.equal(deltas[0].sums, deltas[1].sums)
+    totals = [torch.ones(3, 16), strided(folder / "total", 3, 16, torch.float32).fill_(1.0)]
+    outs = [torch.empty(3, 16).half(), strided(folder / "out", 3, 16, torch.float16)]
+    projection = matmul.Projection(torch.ones(3), far[1])
+    for transposed in (False, True):
+        for one in (0, 1):
+            options = {
+                "scale": torch.ones(()),
+                "tile": close.tiles.weight_gradient,
+                "transposed": transposed,
+                "adds": True,
+            }
+            left, right = buffers[one], (weight, far[1])[one]
+            matmul.accumulate(left, right, total=totals[one], out=None, **options)
+            matmul.accumulate(left, right, total=totals[one], out=outs[one], projection=projection, **options)
+        assert torch.equal(*totals)
+        assert torch.equal(*outs)
+
+
+def test_strides_beyond_int32(tmp_path: Path) -> None:
+    run_interpreted(check_strides, tmp_path)
+
+
+def check_many_tokens(folder: Path) -> None:
+    """The merge of two sets of 2^29 tokens, of which the first block runs: the second set begins at 2^31."""
+    from megatron_b2.ops.triton import head_kernels
+
+    tokens = 2**29
+    both = torch.from_file(str(folder / "in"), shared=True, size=8 * tokens, dtype=torch.float32).view(
+        2, 4, tokens
+    )
+    out = torch.from_file(str(folder / "out"), shared=True, size=4 * tokens, dtype=torch.float32).view(
+        4, tokens
+    )
+    both[:, :, :4] = torch.tensor([[1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 7.0, 0.5]]).unsqueeze(2)
+    head_kernels.merge_kernel[(1,)](both, out, tokens, 2, LEVELS=1, ROWS=4)
+    expected = torch.tensor([2.0, 1.0 + 2.0 * torch.e**-1, 7.0, 4.5])
+    torch.testing.assert_close(out[:, :4], expected.unsqueeze(1).expand(4, 4))
+
+
+def test_merge_beyond_int32(tmp_path: Path) -> None:
+    run_interpreted(check_many_tokens, tmp_path)
