@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -139,7 +139,9 @@ def _verify(options: Verify) -> int:
     if options.json is not None:
         records = [
             {
-                **{key: value for key, value in asdict(replace(r.check, run=str)).items() if key != "run"},
+                "op": r.check.op,
+                "backend": r.check.backend,
+                "name": r.check.name,
                 "passed": r.passed,
                 "failure": r.failure,
                 "deviations": [asdict(deviation) for deviation in r.deviations],

@@ -162,8 +162,8 @@ class Messages:
         assert context.group is not None
         self._group, self._crumbs, self._name = context.group, context.crumbs, name
         self._operations: list[dist.P2POp] = []
-        self._waits: list[tuple[str, int]] = []
-        """Of each operation its kind and the global rank of the peer."""
+        self._waits: list[tuple[str, tuple[int, ...]]] = []
+        """Of each operation its kind and the global rank of its peer."""
         self._works: list[dist.Work] = []
 
     def send(self, tensor: Tensor | None, peer: int | None) -> None:
@@ -187,9 +187,10 @@ class Messages:
 
     def wait(self) -> None:
         """Return when everything is sent and received (on a GPU: for the later work of this stream)."""
-        waits = [(kind, (peer,)) for kind, peer in self._waits]
+        waits = self._waits
         if len(self._works) < len(waits):  # NCCL has one work for the whole batch
-            waits = [("send and receive", tuple(peer for _, peer in self._waits))] * len(self._works)
+            everybody = tuple(peer for _, peers in waits for peer in peers)
+            waits = [("send and receive", everybody)] * len(self._works)
         for work, (kind, peers) in zip(self._works, waits, strict=True):
             with self._crumbs.operation(f"{self._name}: {kind}", peers=peers):
                 work.wait()
@@ -197,4 +198,4 @@ class Messages:
     def _add(self, operation: Callable[..., Any], tensor: Tensor, peer: int) -> None:
         self._operations.append(dist.P2POp(operation, tensor, group=self._group, group_peer=peer))
         kind = "send" if operation is dist.isend else "receive"
-        self._waits.append((kind, dist.get_global_rank(self._group, peer)))
+        self._waits.append((kind, (dist.get_global_rank(self._group, peer),)))

@@ -42,6 +42,8 @@ STEPS, GLOBAL_BATCH, SEQ_LEN = 5, 8, 32
 FFN, LAYERS, VOCAB = 48, 8, 128
 HPZ = 2
 LEARNING_RATE = 3e-4
+EPSILON = 1e-6
+"""Of AdamW. With 1e-8, an element whose gradient is almost 0 moves by how its sum was rounded: up to 9e-6."""
 
 Style = Literal["7b", "13b"]
 
@@ -170,7 +172,7 @@ def reference_config(style: Style, *, seed: int, global_batch: int = GLOBAL_BATC
             position="rope" if style == "7b" else "alibi",
         ),
         data=DataConfig(seq_len=SEQ_LEN),
-        optim=OptimConfig(max_lr=LEARNING_RATE, warmup_steps=1),
+        optim=OptimConfig(max_lr=LEARNING_RATE, warmup_steps=1, eps=EPSILON),
         train=TrainConfig(steps=STEPS, global_batch_size=global_batch, micro_batch_size=1, seed=seed),
     )
 

@@ -27,5 +27,5 @@ def test_pretrain_refuses_what_is_not_resolved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"parallel.auto = true is still to be resolved: .*resolve_auto"):
         run(config)
     assert not Path(config.output_dir).exists()
-    with pytest.raises(ConfigError, match='needs parallel.engine = "deepspeed"'):
+    with pytest.raises(ConfigError, match=r'needs parallel.engine = "deepspeed"'):
         run(replace(config, parallel=replace(config.parallel, engine="single")))

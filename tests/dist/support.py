@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -49,6 +50,7 @@ class Ranks:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        gc.freeze()  # to collect all that the parent imported holds the interpreter for seconds: silence
         try:
             torch.set_num_threads(1)
             LaunchEnvironment(

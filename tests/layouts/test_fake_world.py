@@ -26,6 +26,7 @@ from megatron_b2.layouts.traffic import Traffic, micro_batch_traffic
 from megatron_b2.model.model import BaichuanModel
 from megatron_b2.model.split import StageLayers
 from megatron_b2.ops.head_loss import HeadLoss
+from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 from megatron_b2.parallel.groups import ParallelGroups
 from megatron_b2.parallel.layout import Layout
 from megatron_b2.pipeline.partition import stage_layers
@@ -85,7 +86,7 @@ def calls(configs: Sequence[RunConfig]) -> list[list[tuple[Counts, Counts]]]:
 
 
 def stage_calls(config: RunConfig, groups: ParallelGroups, part: StageLayers) -> tuple[Counts, Counts]:
-    split = model_split(config, groups)
+    split = model_split(config, groups, crumbs=Breadcrumbs())
     model = BaichuanModel(config.model, split=split, stage=part, recompute=config.train.recompute)
     for parameter in model.parameters():
         torch.nn.init.ones_(parameter)

@@ -88,17 +88,19 @@ class TritonAttention:
         key_heads, num_keys = k.shape[1:3]
         grad_out, lse, delta = _rows_first(rows.grad_out), rows.lse.contiguous(), rows.delta.contiguous()
         needed = call.needed(lse)
+        unit = 1.0 if k.dtype == torch.float32 else LOG2_E.value
+        options = {**call.options, "UNIT": unit, "SCALE": unit / math.sqrt(head_dim)}
         grad_q = k.new_empty((batch, num_queries, heads, head_dim), dtype=dtype)
         grad_k, grad_v = (k.new_empty((batch, num_keys, key_heads, head_dim), dtype=dtype) for _ in range(2))
         tile = call.tiles.query_gradient
         query_kernel[(triton.cdiv(num_queries, tile.rows), heads, batch)](
             *call.inputs, call.starts, needed, grad_out, lse, delta, grad_q, *call.strides,
-            *call.sizes(heads), **call.options, **_blocks(tile),
+            *call.sizes(heads), **options, **_blocks(tile),
         )  # fmt: skip
         tile = call.tiles.key_gradient
         key_kernel[(triton.cdiv(num_keys, tile.columns), key_heads, batch)](
             *call.inputs, call.ends, needed, grad_out, lse, delta, grad_k, grad_v, *call.strides,
-            *call.sizes(key_heads), **call.options, **_blocks(tile),
+            *call.sizes(key_heads), **options, **_blocks(tile),
         )  # fmt: skip
         return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 

@@ -4,6 +4,9 @@ Two kernels recompute the probabilities from the saved log-sum-exp (Dao 2023). O
 key head and visits the queries that see them, for every query head of its group: gradients of k and v. The
 other owns BLOCK_M queries and visits their keys: gradient of q. That is 7 matrix products instead of 5, and
 no sum is made by more than one program. ALiBi and blocks without a mask are as in attention_forward.py.
+
+An error of the log-sum-exp is one of all probabilities of a row. In fp32 scores are therefore in powers of e
+(UNIT 1), which saves the rounding of a change of base and costs a multiplication an element; else of 2.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import triton
 import triton.language as tl
 
 from megatron_b2.ops.triton.attention_common import (
-    LN_2,
     LOG2_E,
     NORM_KEYS,
     SIZES,
@@ -24,6 +26,7 @@ from megatron_b2.ops.triton.attention_common import (
     longest_row,
     masked_block,
     phases,
+    power,
     products,
     store_pair,
     within,
@@ -81,7 +84,8 @@ def query_kernel(
     q_ptr, k_ptr, v_ptr, slopes_ptr, starts_ptr, needed_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_heads, num_queries, num_keys, query_start, key_start, length,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -101,11 +105,11 @@ def query_kernel(
         grad_out_ptr + base, row, num_heads * D, num_queries, BLOCK_M, HEAD, TAIL, D, True
     )
     statistics = (batch * num_heads + head) * num_queries + rows
-    lse = tl.load(lse_ptr + statistics, mask=rows < num_queries, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + statistics, mask=rows < num_queries, other=0.0) * UNIT
     delta = tl.load(delta_ptr + statistics, mask=rows < num_queries, other=0.0)
     slope, earliest = 0.0, diagonal
     if ALIBI:
-        slope = tl.load(slopes_ptr + head) * LOG2_E
+        slope = tl.load(slopes_ptr + head) * UNIT
     if PACKED:
         starts_ptr += batch * length
         earliest = tl.load(starts_ptr + query_start + rows, mask=rows < num_queries, other=0) - key_start
@@ -122,14 +126,16 @@ def query_kernel(
         key = masked_block(t, begin, num_before, full_end, BLOCK_N)
         grad_q, grad_q_tail = _visit_keys(
             grad_q, grad_q_tail, q, q_tail, grad_out, grad_out_tail, lse, delta, k_ptr, k_row, v_ptr, v_row,
-            key, num_keys, diagonal, earliest, slope, SCALE, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, True,
+            key, num_keys, diagonal, earliest, slope,
+            SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, True,
         )  # fmt: skip
     for key in range(full_begin, full_end, BLOCK_N):
         grad_q, grad_q_tail = _visit_keys(
             grad_q, grad_q_tail, q, q_tail, grad_out, grad_out_tail, lse, delta, k_ptr, k_row, v_ptr, v_row,
-            key, num_keys, diagonal, earliest, slope, SCALE, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, False,
+            key, num_keys, diagonal, earliest, slope,
+            SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, False,
         )  # fmt: skip
-    grad_q, grad_q_tail = grad_q * (SCALE * LN_2), grad_q_tail * (SCALE * LN_2)
+    grad_q, grad_q_tail = grad_q * (SCALE / UNIT), grad_q_tail * (SCALE / UNIT)
     store_pair(grad_q_ptr + base, row, num_heads * D, num_queries, grad_q, grad_q_tail, TAIL, D)
 
 
@@ -137,7 +143,7 @@ def query_kernel(
 def _visit_keys(
     grad_q, grad_q_tail, q, q_tail, grad_out, grad_out_tail, lse, delta, k_ptr, k_row, v_ptr, v_row, key,
     num_keys, diagonal, earliest, slope,
-    SCALE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """grad_q * sqrt(D) with the part of BLOCK_N more keys."""
@@ -154,7 +160,7 @@ def _visit_keys(
         last = key + BLOCK_N - 1
         scores += bias(keys, last, slope)[None, :]
         level = lse - bias(last, diagonal, slope)
-    probs = tl.exp2(scores - level[:, None])
+    probs = power(scores - level[:, None], UNIT)
     v, v_tail = load_pair(v_ptr, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, MASKED)
     grad_probs = products(grad_out, grad_out_tail, v, v_tail, TAIL)
     grad_scores = (probs * (grad_probs - delta[:, None])).to(k.dtype)
@@ -167,12 +173,12 @@ def key_kernel(
     grad_k_ptr, grad_v_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_key_heads, num_queries, num_keys, query_start, key_start, length,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and v, [B, K, H / GROUP, D]; ends int32 [B, length].
-    Grid (tiles of keys, H / GROUP, B)."""
+    """Gradients of k and v, [B, K, H / GROUP, D]; ends int32 [B, length]; grid (key tiles, H / GROUP, B)."""
     key = tl.program_id(0) * BLOCK_N  # those with most queries begin first
     key_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     num_heads = num_key_heads * GROUP
@@ -199,7 +205,7 @@ def key_kernel(
         statistics = (batch * num_heads + head) * num_queries
         end, full_end = last, last_full
         if ALIBI:
-            slope = tl.load(slopes_ptr + head) * LOG2_E
+            slope = tl.load(slopes_ptr + head) * UNIT
         if SKIP:
             end = tl.minimum(end, _end_needed(needed_ptr + statistics, key + BLOCK_N, num_queries))
             full_end = tl.minimum(full_end, end // BLOCK_M * BLOCK_M)
@@ -211,16 +217,16 @@ def key_kernel(
             grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
                 grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, head_q_ptr, q_row,
                 head_grad_ptr, num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
-                key, shift, latest, slope, SCALE, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_M, BLOCK_N, True,
+                key, shift, latest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_M, BLOCK_N, True,
             )  # fmt: skip
         for row in range(full_begin, full_end, BLOCK_M):
             grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
                 grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, head_q_ptr, q_row,
                 head_grad_ptr, num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
-                key, shift, latest, slope, SCALE, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_M, BLOCK_N, False,
+                key, shift, latest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
     base = (batch * num_keys * num_key_heads + key_head) * D
-    grad_k, grad_k_tail = grad_k * (SCALE * LN_2), grad_k_tail * (SCALE * LN_2)
+    grad_k, grad_k_tail = grad_k * (SCALE / UNIT), grad_k_tail * (SCALE / UNIT)
     store_pair(grad_k_ptr + base, key, num_key_heads * D, num_keys, grad_k, grad_k_tail, TAIL, D)
     store_pair(grad_v_ptr + base, key, num_key_heads * D, num_keys, grad_v, grad_v_tail, TAIL, D)
 
@@ -260,7 +266,7 @@ def _end_needed(needed_ptr, key_end, num_queries):
 def _visit_queries(
     grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, q_ptr, q_row, grad_out_ptr, grad_out_row,
     lse_ptr, delta_ptr, row, num_queries, key, shift, latest, slope,
-    SCALE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +277,7 @@ def _visit_queries(
     rows = row + tl.arange(0, BLOCK_M)
     keys = key + tl.arange(0, BLOCK_N)
     diagonal = rows + shift
-    lse = tl.load(lse_ptr + rows, mask=rows < num_queries, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + rows, mask=rows < num_queries, other=0.0) * UNIT
     delta = tl.load(delta_ptr + rows, mask=rows < num_queries, other=0.0)
     q, q_tail = load_pair(q_ptr, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, MASKED)
     scores = products(k, k_tail, q, q_tail, TAIL) * SCALE
@@ -287,7 +293,7 @@ def _visit_queries(
         last = key + BLOCK_N - 1
         scores += bias(keys, last, slope)[:, None]
         level = lse - bias(last, diagonal, slope)
-    probs = tl.exp2(scores - level[None, :])
+    probs = power(scores - level[None, :], UNIT)
     grad_out, grad_out_tail = load_pair(
         grad_out_ptr, row, grad_out_row, num_queries, BLOCK_M, HEAD, TAIL, D, MASKED
     )

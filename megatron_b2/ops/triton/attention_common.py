@@ -124,6 +124,12 @@ def add_product(total, total_tail, weights, x, x_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
+def power(x, UNIT: tl.constexpr):
+    """exp(x / UNIT) for a UNIT of 1 or log2 e."""
+    return tl.exp(x) if UNIT == 1.0 else tl.exp2(x)
+
+
+@triton.jit
 def phases(begin, full_begin, full_end, end, BLOCK: tl.constexpr):
     """Blocks to visit of [begin, end), of which every element of [full_begin, full_end) is visible.
 

@@ -92,7 +92,7 @@ def forward_kernel(
     # A query that sees none of the keys has total 0; any other has about 1 or more, by its largest score.
     is_seen = total > 0.0
     total = tl.where(is_seen, total, 1.0)
-    lse = tl.where(is_seen, (top + tl.log2(total)) * LN_2, float("-inf"))
+    lse = tl.where(is_seen, top * LN_2 + tl.log(total), float("-inf"))
     tl.store(lse_ptr + (batch * num_heads + head) * num_queries + rows, lse, mask=rows < num_queries)
     out_ptr += (batch * num_queries * num_heads + head) * D
     acc, acc_tail = acc / total[:, None], acc_tail / total[:, None]
