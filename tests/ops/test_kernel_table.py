@@ -297,8 +297,9 @@ def test_a_part_of_the_table_is_made_anew(tmp_path: Path, monkeypatch: pytest.Mo
             Row(v.op, v.shape, v.tensor_parallel, 0, (1,), replace(GOOD, registers=workers)) for v in chosen
         ]
 
+    cuda_row = Row("swiglu.cu", "cuda", 1, 0, (), replace(GOOD, kernel="forward<__nv_bfloat16, 8>"))
     monkeypatch.setattr(table, "triton_rows", fake_rows)
-    monkeypatch.setattr(table, "cuda_rows", lambda cache: [Row("swiglu.cu", "cuda", 1, 0, (), GOOD)])
+    monkeypatch.setattr(table, "cuda_rows", lambda cache: [cuda_row])
     monkeypatch.setattr(table, "nvcc_version", lambda: "13.0")
     whole = table.write_table(tmp_path, tmp_path, workers=1)
     assert len(whole) == len(variants()) + 1

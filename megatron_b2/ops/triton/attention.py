@@ -88,19 +88,17 @@ class TritonAttention:
         key_heads, num_keys = k.shape[1:3]
         grad_out, lse, delta = _rows_first(rows.grad_out), rows.lse.contiguous(), rows.delta.contiguous()
         needed = call.needed(lse)
-        unit = 1.0 if k.dtype == torch.float32 else LOG2_E.value
-        options = {**call.options, "UNIT": unit, "SCALE": unit / math.sqrt(head_dim)}
         grad_q = k.new_empty((batch, num_queries, heads, head_dim), dtype=dtype)
         grad_k, grad_v = (k.new_empty((batch, num_keys, key_heads, head_dim), dtype=dtype) for _ in range(2))
         tile = call.tiles.query_gradient
         query_kernel[(triton.cdiv(num_queries, tile.rows), heads, batch)](
             *call.inputs, call.starts, needed, grad_out, lse, delta, grad_q, *call.strides,
-            *call.sizes(heads), **options, **_blocks(tile),
+            *call.sizes(heads), **call.options, **_blocks(tile),
         )  # fmt: skip
         tile = call.tiles.key_gradient
         key_kernel[(triton.cdiv(num_keys, tile.columns), key_heads, batch)](
             *call.inputs, call.ends, needed, grad_out, lse, delta, grad_k, grad_v, *call.strides,
-            *call.sizes(key_heads), **options, **_blocks(tile),
+            *call.sizes(key_heads), **call.options, **_blocks(tile),
         )  # fmt: skip
         return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
@@ -175,7 +173,7 @@ class _Call:
         batch, heads, num_queries, _ = self.q.shape
         needed = self.q.new_empty((batch, heads, num_queries), dtype=torch.int32)
         tile = self.tiles.delta
-        options = {name: self.options[name] for name in ("SCALE", "GROUP", "D", "HEAD", "TAIL")}
+        options = {name: self.options[name] for name in ("SCALE", "UNIT", "GROUP", "D", "HEAD", "TAIL")}
         needed_kernel[(triton.cdiv(num_queries, tile.rows), heads, batch)](
             self.q, self.inputs[3], self.norms, lse, needed, *self.q.stride()[:3], heads, num_queries,
             self.k.shape[2], self.query_start - self.key_start, **options,
@@ -198,8 +196,10 @@ class _Call:
         """Compile-time arguments."""
         head_dim = self.q.shape[3]
         head, tail = pieces(head_dim)
+        unit = 1.0 if self.q.dtype == torch.float32 else LOG2_E.value
         return {
-            "SCALE": LOG2_E.value / math.sqrt(head_dim),
+            "SCALE": unit / math.sqrt(head_dim),
+            "UNIT": unit,
             "GROUP": self.q.shape[1] // self.k.shape[1],
             "D": head_dim,
             "HEAD": head,

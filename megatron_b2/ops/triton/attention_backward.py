@@ -4,9 +4,6 @@ Two kernels recompute the probabilities from the saved log-sum-exp (Dao 2023). O
 key head and visits the queries that see them, for every query head of its group: gradients of k and v. The
 other owns BLOCK_M queries and visits their keys: gradient of q. That is 7 matrix products instead of 5, and
 no sum is made by more than one program. ALiBi and blocks without a mask are as in attention_forward.py.
-
-An error of the log-sum-exp is one of all probabilities of a row. In fp32 scores are therefore in powers of e
-(UNIT 1), which saves the rounding of a change of base and costs a multiplication an element; else of 2.
 """
 
 from __future__ import annotations
@@ -15,7 +12,6 @@ import triton
 import triton.language as tl
 
 from megatron_b2.ops.triton.attention_common import (
-    LOG2_E,
     NORM_KEYS,
     SIZES,
     add_product,
@@ -60,8 +56,8 @@ def delta_kernel(
 def needed_kernel(
     q_ptr, slopes_ptr, norms_ptr, lse_ptr, needed_ptr,
     q_batch, q_head, q_row, num_heads, num_queries, num_keys, shift,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """First key that each query needs, int32 [B, H, Q], under ALiBi. Grid (tiles of queries, H, B)."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -71,11 +67,13 @@ def needed_kernel(
         q_ptr + batch * q_batch + head * q_head, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, True
     )
     statistics = (batch * num_heads + head) * num_queries + rows
-    lowest = tl.min(tl.load(lse_ptr + statistics, mask=rows < num_queries, other=float("inf")), 0) * LOG2_E
-    slope = tl.load(slopes_ptr + head) * LOG2_E
+    lowest = tl.min(tl.load(lse_ptr + statistics, mask=rows < num_queries, other=float("inf")), 0) * UNIT
+    slope = tl.load(slopes_ptr + head) * UNIT
     norms_ptr += (batch * num_heads + head) // GROUP * tl.cdiv(num_keys, NORM_KEYS)
     seen = tl.maximum(tl.minimum(row + shift + 1, num_keys), 0)
-    needed = first_needed(norms_ptr, longest_row(q, q_tail, TAIL) * SCALE, lowest, row + shift, slope, seen)
+    needed = first_needed(
+        norms_ptr, longest_row(q, q_tail, TAIL) * SCALE, lowest, row + shift, slope, seen, UNIT
+    )
     tl.store(needed_ptr + statistics, tl.zeros_like(rows) + needed, mask=rows < num_queries)
 
 
@@ -169,9 +167,8 @@ def _visit_keys(
 
 @triton.jit(do_not_specialize=SIZES)
 def key_kernel(
-    q_ptr, k_ptr, v_ptr, slopes_ptr, ends_ptr, needed_ptr, grad_out_ptr, lse_ptr, delta_ptr,
-    grad_k_ptr, grad_v_ptr,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    q_ptr, k_ptr, v_ptr, slopes_ptr, ends_ptr, needed_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr,
+    grad_v_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_key_heads, num_queries, num_keys, query_start, key_start, length,
     SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,

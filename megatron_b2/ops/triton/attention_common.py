@@ -4,7 +4,10 @@ A head width D that is no power of two is cut into two pieces, HEAD + TAIL colum
 than the next power of two does (88: 64 + 32, 104: 128, 144: 128 + 16, 152 and 160: 128 + 32). A kernel
 without a second piece (TAIL = 0) hands the first one on in its place and never uses it.
 
-Scores are in powers of two: exp(x) = exp2(x log2 e), with log2 e folded into the scale and the ALiBi slopes.
+Scores are kept times UNIT, which is in the scale and the ALiBi slopes. For 16-bit inputs it is log2 e, so
+that exp needs no multiplication. In fp32 it is 1: the rounding of a change of base in the log-sum-exp would
+be an error of all probabilities of a row.
+
 Positions are counted from the first key of the call: query row i stands at `shift` + i.
 
 Leaving out far keys under ALiBi (our choice): a key at distance d scores at most scale |q| |k| - slope d, so
@@ -31,12 +34,11 @@ SIZES: Final = (
     "shift",
 )
 """Arguments of kernels that are not compiled in, whatever their value: a cache grows by one key a token."""
-LN_2 = tl.constexpr(math.log(2.0))
 LOG2_E = tl.constexpr(1.0 / math.log(2.0))
 NO_SCORE = tl.constexpr(-(2.0**126))
 """Running maximum before any key: finite, so that it can be subtracted from -inf."""
-NEGLIGIBLE_BITS = tl.constexpr(24.0)
-"""Keys that are left out weigh less than 2^-24 of a row's sum: below the resolution of fp32."""
+NEGLIGIBLE = tl.constexpr(24.0 * math.log(2.0))
+"""Keys that are left out weigh less than exp(-this) = 2^-24 of a row's sum: below the resolution of fp32."""
 NORM_KEYS = tl.constexpr(64)
 """Keys that share a bound on their length."""
 NORM_BLOCKS = tl.constexpr(128)
@@ -196,15 +198,15 @@ def longest_row(x, x_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
-def first_needed(norms_ptr, longest, lowest, position, slope, full_end):
+def first_needed(norms_ptr, longest, lowest, position, slope, full_end, UNIT: tl.constexpr):
     """First key to visit, a multiple of NORM_KEYS: those before weigh less than 2^-24 of any row's sum.
 
     norms: length of the longest key up to the end of each NORM_KEYS. longest: scale times that of the longest
-    query. lowest: log2 of a lower bound on the sums. position: that of the first query, which sees all keys
+    query. lowest: log of a lower bound on the sums. position: that of the first query, which sees all keys
     before full_end. Keys at distance d and more weigh together at most
-    2^(longest norm - slope d) / (1 - 2^-slope).
+    exp(longest norm - slope d) / (1 - exp(-slope)).
     """
-    budget = lowest - NEGLIGIBLE_BITS + tl.log2(1.0 - tl.exp2(-slope))
+    budget = lowest - NEGLIGIBLE * UNIT + tl.log(1.0 - power(-slope, UNIT)) * UNIT
     num_blocks = full_end // NORM_KEYS
     num_skipped = 0
     for first in range(0, num_blocks, NORM_BLOCKS):

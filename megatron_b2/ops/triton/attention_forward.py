@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 
 from megatron_b2.ops.triton.attention_common import (
-    LN_2,
-    LOG2_E,
     NO_SCORE,
     NORM_KEYS,
     SIZES,
@@ -30,6 +28,7 @@ from megatron_b2.ops.triton.attention_common import (
     longest_row,
     masked_block,
     phases,
+    power,
     products,
     store_pair,
     within,
@@ -41,13 +40,13 @@ def forward_kernel(
     q_ptr, k_ptr, v_ptr, slopes_ptr, starts_ptr, norms_ptr, out_ptr, lse_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_heads, num_queries, num_keys, query_start, key_start, length,
-    SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
+    TAIL: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of queries, H, B); q, k, v any strides but 1 for the last; starts int32 [B, length];
     norms fp32 [B, H / GROUP, blocks of NORM_KEYS keys]; out [B, Q, H, D]; lse fp32 [B, H, Q].
-    SCALE is log2 e / sqrt(D)."""
+    SCALE is UNIT / sqrt(D)."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # those with most keys begin first
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = row + tl.arange(0, BLOCK_M)
@@ -60,7 +59,7 @@ def forward_kernel(
     )
     slope, earliest = 0.0, diagonal
     if ALIBI:
-        slope = tl.load(slopes_ptr + head) * LOG2_E
+        slope = tl.load(slopes_ptr + head) * UNIT
     if PACKED:
         starts_ptr += batch * length
         earliest = tl.load(starts_ptr + query_start + rows, mask=rows < num_queries, other=0) - key_start
@@ -76,23 +75,23 @@ def forward_kernel(
         key = masked_block(t, begin, num_before, full_end, BLOCK_N)
         top, total, acc, acc_tail = _visit(
             top, total, acc, acc_tail, q, q_tail, k_ptr, k_row, v_ptr, v_row, key, num_keys, diagonal,
-            earliest, slope, SCALE, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, True,
+            earliest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, True,
         )  # fmt: skip
     if SKIP:
         norms_ptr += (batch * num_heads + head) // GROUP * tl.cdiv(num_keys, NORM_KEYS)
         lowest = tl.min(tl.where(rows < num_queries, top, float("inf")), 0)
         longest = longest_row(q, q_tail, TAIL) * SCALE
-        needed = first_needed(norms_ptr, longest, lowest, row + shift, slope, full_end)
+        needed = first_needed(norms_ptr, longest, lowest, row + shift, slope, full_end, UNIT)
         full_begin = tl.minimum(tl.maximum(full_begin, needed // BLOCK_N * BLOCK_N), full_end)
     for key in range(full_begin, full_end, BLOCK_N):
         top, total, acc, acc_tail = _visit(
             top, total, acc, acc_tail, q, q_tail, k_ptr, k_row, v_ptr, v_row, key, num_keys, diagonal,
-            earliest, slope, SCALE, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, False,
+            earliest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, False,
         )  # fmt: skip
     # A query that sees none of the keys has total 0; any other has about 1 or more, by its largest score.
     is_seen = total > 0.0
     total = tl.where(is_seen, total, 1.0)
-    lse = tl.where(is_seen, top * LN_2 + tl.log(total), float("-inf"))
+    lse = tl.where(is_seen, top / UNIT + tl.log(total), float("-inf"))
     tl.store(lse_ptr + (batch * num_heads + head) * num_queries + rows, lse, mask=rows < num_queries)
     out_ptr += (batch * num_queries * num_heads + head) * D
     acc, acc_tail = acc / total[:, None], acc_tail / total[:, None]
@@ -103,7 +102,7 @@ def forward_kernel(
 def _visit(
     top, total, acc, acc_tail, q, q_tail, k_ptr, k_row, v_ptr, v_row, key, num_keys, diagonal, earliest,
     slope,
-    SCALE: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (maximum, sum, weighted values) after BLOCK_N more keys."""
@@ -126,12 +125,12 @@ def _visit(
     if not ALIBI:
         highest = highest * SCALE
     new_top = tl.maximum(top, highest + offset)
-    shrink = tl.exp2(top - new_top)
+    shrink = power(top - new_top, UNIT)
     level = (new_top - offset)[:, None]
     if ALIBI:
-        probs = tl.exp2(scores - level)
+        probs = power(scores - level, UNIT)
     if not ALIBI:  # one operation
-        probs = tl.exp2(scores * SCALE - level)
+        probs = power(scores * SCALE - level, UNIT)
     total = total * shrink + tl.sum(probs, 1)
     acc = acc * shrink[:, None]
     acc_tail = acc_tail * shrink[:, None]
