@@ -113,8 +113,9 @@ def _attention_copies(config: RunConfig, layout: Layout) -> int:
     rotated = 2 if config.model.position == "rope" else 0
     if layout.context == 1:
         return rotated
-    # Ulysses replaces qkv and keeps its output twice; the ring has its own keys and values and both outputs.
-    return 1 if context_method(config) == "ulysses" else (1 if rotated else 3)
+    # Ulysses replaces qkv and keeps its output twice. The ring has its own keys and values; without RoPE its
+    # queries are a view of qkv, which then stays as well.
+    return 1 if context_method(config) == "ulysses" else (0 if rotated else 2)
 
 
 def context_method(config: RunConfig) -> Literal["ulysses", "ring"]:

@@ -37,7 +37,7 @@ from megatron_b2.parallel import collectives
 from megatron_b2.parallel.tensor_parallel import TensorParallel
 
 WORLD, TENSOR, LAYERS, LENGTH = 1_024, 8, 2, 128
-LOCAL = (swiglu._SwiGLU, rms_norm._RMSNorm, rope._RopeSplit, attention._TiledAttention)
+LOCAL = (swiglu._SwiGLU, rms_norm._RMSNorm, rms_norm._AddRMSNorm, rope._RopeSplit, attention._TiledAttention)
 """Functions without communication: R and V in, V out."""
 
 

@@ -53,7 +53,7 @@ class TritonAttention:
         lse = q.new_empty((batch, heads, num_queries, 1), dtype=torch.float32)
         tile = call.tiles.forward
         forward_kernel[(triton.cdiv(num_queries, tile.rows), heads, batch)](
-            *call.inputs, call.starts, call.norms, out, lse, *call.strides, *call.sizes(heads),
+            *call.inputs, call.starts, *call.lengths, out, lse, *call.strides, *call.sizes(heads),
             **call.options, **_blocks(tile),
         )  # fmt: skip
         return out.transpose(1, 2), lse
@@ -157,14 +157,16 @@ class _Call:
         return self.q if documents is None else documents.ends.contiguous()
 
     @property
-    def norms(self) -> Tensor:
-        """Length of the longest key up to the end of each NORM_KEYS, fp32 [B, H/G, K / NORM_KEYS]."""
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """Of each query, fp32 [B, H, Q], and of the longest key up to the end of each NORM_KEYS, [B, H/G, n]."""
         if not self.skip:
-            return self.q
-        lengths = torch.linalg.vector_norm(self.k, dim=-1, dtype=torch.float32)
-        padded = F.pad(lengths, (0, -lengths.shape[2] % NORM_KEYS.value))
+            return self.q, self.q
+        of_queries, of_keys = (
+            torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).contiguous() for x in (self.q, self.k)
+        )
+        padded = F.pad(of_keys, (0, -of_keys.shape[2] % NORM_KEYS.value))
         longest: Tensor = padded.unflatten(2, (-1, NORM_KEYS.value)).amax(dim=3)
-        return longest.cummax(dim=2).values
+        return of_queries, longest.cummax(dim=2).values
 
     def needed(self, lse: Tensor) -> Tensor:
         """First key that each query needs, int32 [B, H, Q]; lse: fp32 [B, H, Q, 1]."""
@@ -173,10 +175,9 @@ class _Call:
         batch, heads, num_queries, _ = self.q.shape
         needed = self.q.new_empty((batch, heads, num_queries), dtype=torch.int32)
         tile = self.tiles.delta
-        options = {name: self.options[name] for name in ("SCALE", "UNIT", "GROUP", "D", "HEAD", "TAIL")}
         needed_kernel[(triton.cdiv(num_queries, tile.rows), heads, batch)](
-            self.q, self.inputs[3], self.norms, lse, needed, *self.q.stride()[:3], heads, num_queries,
-            self.k.shape[2], self.query_start - self.key_start, **options,
+            self.inputs[3], *self.lengths, lse, needed, heads, num_queries, self.k.shape[2],
+            self.query_start - self.key_start, **{name: self.options[name] for name in ("SCALE", "UNIT", "GROUP")},
             BLOCK_M=tile.rows, num_warps=tile.warps,
         )  # fmt: skip
         return needed

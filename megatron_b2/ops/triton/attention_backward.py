@@ -19,7 +19,6 @@ from megatron_b2.ops.triton.attention_common import (
     first_needed,
     key_range,
     load_pair,
-    longest_row,
     masked_block,
     phases,
     power,
@@ -54,26 +53,20 @@ def delta_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def needed_kernel(
-    q_ptr, slopes_ptr, norms_ptr, lse_ptr, needed_ptr,
-    q_batch, q_head, q_row, num_heads, num_queries, num_keys, shift,
-    SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr,
+    slopes_ptr, lengths_ptr, longest_keys_ptr, lse_ptr, needed_ptr, num_heads, num_queries, num_keys, shift,
+    SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """First key that each query needs, int32 [B, H, Q], under ALiBi. Grid (tiles of queries, H, B)."""
+    """First key that each query needs under ALiBi, int32 [B, H, Q]. Grid (tiles of queries, H, B)."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
-    q, q_tail = load_pair(
-        q_ptr + batch * q_batch + head * q_head, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, True
-    )
     statistics = (batch * num_heads + head) * num_queries + rows
+    longest = tl.max(tl.load(lengths_ptr + statistics, mask=rows < num_queries, other=0.0), 0) * SCALE
     lowest = tl.min(tl.load(lse_ptr + statistics, mask=rows < num_queries, other=float("inf")), 0) * UNIT
     slope = tl.load(slopes_ptr + head) * UNIT
-    norms_ptr += (batch * num_heads + head) // GROUP * tl.cdiv(num_keys, NORM_KEYS)
+    longest_keys_ptr += (batch * num_heads + head) // GROUP * tl.cdiv(num_keys, NORM_KEYS)
     seen = tl.maximum(tl.minimum(row + shift + 1, num_keys), 0)
-    needed = first_needed(
-        norms_ptr, longest_row(q, q_tail, TAIL) * SCALE, lowest, row + shift, slope, seen, UNIT
-    )
+    needed = first_needed(longest_keys_ptr, longest, lowest, row + shift, slope, seen, UNIT)
     tl.store(needed_ptr + statistics, tl.zeros_like(rows) + needed, mask=rows < num_queries)
 
 

@@ -189,30 +189,21 @@ def within(keys, diagonal, earliest, num_keys, PACKED: tl.constexpr):
 
 
 @triton.jit
-def longest_row(x, x_tail, TAIL: tl.constexpr):
-    """Length of the longest row."""
-    squares = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-    if TAIL > 0:
-        squares += tl.sum(x_tail.to(tl.float32) * x_tail.to(tl.float32), 1)
-    return tl.sqrt(tl.max(squares, 0))
-
-
-@triton.jit
-def first_needed(norms_ptr, longest, lowest, position, slope, full_end, UNIT: tl.constexpr):
+def first_needed(longest_keys_ptr, longest, lowest, position, slope, full_end, UNIT: tl.constexpr):
     """First key to visit, a multiple of NORM_KEYS: those before weigh less than 2^-24 of any row's sum.
 
-    norms: length of the longest key up to the end of each NORM_KEYS. longest: scale times that of the longest
-    query. lowest: log of a lower bound on the sums. position: that of the first query, which sees all keys
-    before full_end. Keys at distance d and more weigh together at most
-    exp(longest norm - slope d) / (1 - exp(-slope)).
+    longest_keys: length of the longest key up to the end of each NORM_KEYS. longest: scale times the length of
+    the longest query. lowest: log of a lower bound on the sums. position: that of the first query, which sees
+    all keys before full_end. Keys at distance d and more weigh together at most
+    exp(longest key * longest - slope d) / (1 - exp(-slope)).
     """
     budget = lowest - NEGLIGIBLE * UNIT + tl.log(1.0 - power(-slope, UNIT)) * UNIT
     num_blocks = full_end // NORM_KEYS
     num_skipped = 0
     for first in range(0, num_blocks, NORM_BLOCKS):
         blocks = first + tl.arange(0, NORM_BLOCKS)
-        norms = tl.load(norms_ptr + blocks, mask=blocks < num_blocks, other=float("inf"))
+        keys = tl.load(longest_keys_ptr + blocks, mask=blocks < num_blocks, other=float("inf"))
         distance = position - (blocks * NORM_KEYS + NORM_KEYS - 1)
-        skipped = norms * longest - slope * distance.to(tl.float32) < budget
+        skipped = keys * longest - slope * distance.to(tl.float32) < budget
         num_skipped += tl.sum(skipped.to(tl.int32), 0)
     return num_skipped * NORM_KEYS

@@ -25,7 +25,6 @@ from megatron_b2.ops.triton.attention_common import (
     first_needed,
     key_range,
     load_pair,
-    longest_row,
     masked_block,
     phases,
     power,
@@ -37,7 +36,7 @@ from megatron_b2.ops.triton.attention_common import (
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, slopes_ptr, starts_ptr, norms_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, slopes_ptr, starts_ptr, lengths_ptr, longest_keys_ptr, out_ptr, lse_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_heads, num_queries, num_keys, query_start, key_start, length,
     SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
@@ -45,8 +44,8 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of queries, H, B); q, k, v any strides but 1 for the last; starts int32 [B, length];
-    norms fp32 [B, H / GROUP, blocks of NORM_KEYS keys]; out [B, Q, H, D]; lse fp32 [B, H, Q].
-    SCALE is UNIT / sqrt(D)."""
+    lengths fp32 [B, H, Q] and longest_keys [B, H / GROUP, blocks of NORM_KEYS keys] for SKIP; out [B, Q, H, D];
+    lse fp32 [B, H, Q]. SCALE is UNIT / sqrt(D)."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # those with most keys begin first
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows = row + tl.arange(0, BLOCK_M)
@@ -78,10 +77,11 @@ def forward_kernel(
             earliest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, True,
         )  # fmt: skip
     if SKIP:
-        norms_ptr += (batch * num_heads + head) // GROUP * tl.cdiv(num_keys, NORM_KEYS)
+        longest_keys_ptr += (batch * num_heads + head) // GROUP * tl.cdiv(num_keys, NORM_KEYS)
         lowest = tl.min(tl.where(rows < num_queries, top, float("inf")), 0)
-        longest = longest_row(q, q_tail, TAIL) * SCALE
-        needed = first_needed(norms_ptr, longest, lowest, row + shift, slope, full_end, UNIT)
+        lengths_ptr += (batch * num_heads + head) * num_queries
+        longest = tl.max(tl.load(lengths_ptr + rows, mask=rows < num_queries, other=0.0), 0) * SCALE
+        needed = first_needed(longest_keys_ptr, longest, lowest, row + shift, slope, full_end, UNIT)
         full_begin = tl.minimum(tl.maximum(full_begin, needed // BLOCK_N * BLOCK_N), full_end)
     for key in range(full_begin, full_end, BLOCK_N):
         top, total, acc, acc_tail = _visit(

@@ -143,7 +143,7 @@ def compare(
 
 def _floors(problem: Problem, exact: tuple[Tensor, ...]) -> dict[str, float]:
     """What fp32 inside must be allowed where torch happens to have less, because it recomputes a score by the
-    very same product: for a query that sees one key its probability is then exactly 1, the gradient exactly 0.
+    very same product: the probability of a query that sees one key is then exactly 1, its gradient exactly 0.
 
     A few units of the largest score are an error of probabilities, so of all gradients; a few units of delta
     one of the difference of which the gradients of q and k are sums.
