@@ -158,7 +158,7 @@ class _Call:
 
     @property
     def lengths(self) -> tuple[Tensor, Tensor]:
-        """Of each query, fp32 [B, H, Q], and of the longest key up to the end of each NORM_KEYS, [B, H/G, n]."""
+        """Of each query, and of the longest key to the end of each NORM_KEYS: fp32 [B, H, Q], [B, H/G, n]."""
         if not self.skip:
             return self.q, self.q
         of_queries, of_keys = (
@@ -175,10 +175,10 @@ class _Call:
         batch, heads, num_queries, _ = self.q.shape
         needed = self.q.new_empty((batch, heads, num_queries), dtype=torch.int32)
         tile = self.tiles.delta
+        options = {name: self.options[name] for name in ("SCALE", "UNIT", "GROUP")}
         needed_kernel[(triton.cdiv(num_queries, tile.rows), heads, batch)](
             self.inputs[3], *self.lengths, lse, needed, heads, num_queries, self.k.shape[2],
-            self.query_start - self.key_start, **{name: self.options[name] for name in ("SCALE", "UNIT", "GROUP")},
-            BLOCK_M=tile.rows, num_warps=tile.warps,
+            self.query_start - self.key_start, **options, BLOCK_M=tile.rows, num_warps=tile.warps,
         )  # fmt: skip
         return needed
 

@@ -192,9 +192,9 @@ def within(keys, diagonal, earliest, num_keys, PACKED: tl.constexpr):
 def first_needed(longest_keys_ptr, longest, lowest, position, slope, full_end, UNIT: tl.constexpr):
     """First key to visit, a multiple of NORM_KEYS: those before weigh less than 2^-24 of any row's sum.
 
-    longest_keys: length of the longest key up to the end of each NORM_KEYS. longest: scale times the length of
-    the longest query. lowest: log of a lower bound on the sums. position: that of the first query, which sees
-    all keys before full_end. Keys at distance d and more weigh together at most
+    longest_keys: length of the longest key up to the end of each NORM_KEYS. longest: scale times the length
+    of the longest query. lowest: log of a lower bound on the sums. position: that of the first query, which
+    sees all keys before full_end. Keys at distance d and more weigh together at most
     exp(longest key * longest - slope d) / (1 - exp(-slope)).
     """
     budget = lowest - NEGLIGIBLE * UNIT + tl.log(1.0 - power(-slope, UNIT)) * UNIT

@@ -44,12 +44,11 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of queries, H, B); q, k, v any strides but 1 for the last; starts int32 [B, length];
-    lengths fp32 [B, H, Q] and longest_keys [B, H / GROUP, blocks of NORM_KEYS keys] for SKIP; out [B, Q, H, D];
-    lse fp32 [B, H, Q]. SCALE is UNIT / sqrt(D)."""
+    for SKIP lengths fp32 [B, H, Q] and longest_keys [B, H / GROUP, blocks of NORM_KEYS keys];
+    out [B, Q, H, D]; lse fp32 [B, H, Q]. SCALE is UNIT / sqrt(D)."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # those with most keys begin first
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    rows = row + tl.arange(0, BLOCK_M)
-    shift = query_start - key_start
+    rows, shift = row + tl.arange(0, BLOCK_M), query_start - key_start
     diagonal = rows + shift
     k_ptr += batch * k_batch + head // GROUP * k_head
     v_ptr += batch * v_batch + head // GROUP * v_head
