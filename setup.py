@@ -123,7 +123,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_b2._cpu",
-            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")),
+            sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.cpp")),
+            include_dirs=["csrc/cpu"],
             cxx_std=17,
             extra_compile_args=["-O3"],
         ),

@@ -226,8 +226,7 @@ class TokenStream {
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "Native CPU helpers of megatron_b2: batch assembly from memory-mapped token files.";
+void bind_token_stream(py::module_& m) {
   py::class_<TokenStream>(m, "TokenStream", "Token stream of one .bin/.idx pair; read-only and thread-safe.")
       .def(py::init<Bytes, Bytes, int, std::int64_t, std::int64_t>(), py::kw_only(), py::arg("bin").noconvert(),
            py::arg("idx").noconvert(), py::arg("dtype_code"), py::arg("num_sequences"), py::arg("num_documents"),

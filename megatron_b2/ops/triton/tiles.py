@@ -96,10 +96,10 @@ class AttentionTiles:
 
 
 _ATTENTION_CPU: Final = AttentionTiles(
-    forward=Tile(rows=128, columns=64, depth=0, warps=4, stages=1),
-    query_gradient=Tile(rows=128, columns=64, depth=0, warps=4, stages=1),
-    key_gradient=Tile(rows=64, columns=128, depth=0, warps=4, stages=1),
-    delta=Tile(rows=128, columns=0, depth=0, warps=4, stages=1),
+    forward=Tile(rows=256, columns=128, depth=0, warps=4, stages=1),
+    query_gradient=Tile(rows=256, columns=128, depth=0, warps=4, stages=1),
+    key_gradient=Tile(rows=128, columns=256, depth=0, warps=4, stages=1),
+    delta=Tile(rows=256, columns=0, depth=0, warps=4, stages=1),
 )
 
 

@@ -215,8 +215,8 @@ def with_poison(starts: list[int], poisoned: slice, clean: slice, *, skip: bool,
     """Keys that need no visit are NaN: results of the `clean` queries would show a visit."""
     from megatron_b2.ops.triton.attention import TritonAttention
 
-    q, k, v, grad_out = (0.1 * torch.randn(1, 1, 512, 16) for _ in range(4))
-    segments = torch.zeros(1, 512, dtype=torch.int32)
+    q, k, v, grad_out = (0.1 * torch.randn(1, 1, 1_024, 16) for _ in range(4))
+    segments = torch.zeros(1, 1_024, dtype=torch.int32)
     segments[0, starts] = 1
     slopes = None if slope is None else torch.tensor([slope])
     pattern = Pattern(slopes, Documents.of(segments.cumsum(1)))
@@ -237,11 +237,11 @@ def with_poison(starts: list[int], poisoned: slice, clean: slice, *, skip: bool,
 
 
 def test_blocks_of_earlier_documents_are_not_visited() -> None:
-    run_interpreted(lambda: with_poison([256], slice(0, 256), slice(256, 512), skip=False, slope=None))
+    run_interpreted(lambda: with_poison([512], slice(0, 512), slice(512, 1_024), skip=False, slope=None))
 
 
 def test_blocks_of_negligible_keys_are_not_visited() -> None:
-    run_interpreted(lambda: with_poison([], slice(0, 128), slice(256, 512), skip=True, slope=0.8))
+    run_interpreted(lambda: with_poison([], slice(0, 256), slice(512, 1_024), skip=True, slope=0.8))
 
 
 def omitted_mass(slopes: Tensor, length: int, scale: float) -> tuple[float, float]:
