@@ -74,13 +74,34 @@ class Table:
     """Compiled kernels of earlier calls."""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Time every kernel on the GPU of this machine, beside torch and other projects where installed.
+
+    Prints bandwidth, FLOP/s and the share of what the device's data sheet allows. Without a GPU nothing is
+    measured and nothing is stated.
+
+    Example: b2 ops bench --json kernels.json
+    """
+
+    sanitize: bool = False
+    """First run the quick checks under compute-sanitizer: memory, races, barriers."""
+    json: Path | None = None
+    """Also write the measurements to this file."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    options: List | Verify | Table = tyro.extras.subcommand_cli_from_dict(
-        {"list": List, "verify": Verify, "table": Table}, prog="b2 ops", description=HELP, args=argv
+    options: List | Verify | Table | Bench = tyro.extras.subcommand_cli_from_dict(
+        {"list": List, "verify": Verify, "table": Table, "bench": Bench},
+        prog="b2 ops",
+        description=HELP,
+        args=argv,
     )
     if isinstance(options, List):
         return _list(options)
+    if isinstance(options, Bench):
+        return _bench(options)
     return _verify(options) if isinstance(options, Verify) else _table(options)
 
 
@@ -157,6 +178,23 @@ def _table(options: Table) -> int:
 
     problems = [line for row in write_table(options.out, cache=options.cache) for line in broken_rules(row)]
     print("\n".join(problems) if problems else "every kernel keeps every rule")
+    return 1 if problems else 0
+
+
+def _bench(options: Bench) -> int:
+    import torch
+
+    from megatron_b2.testing.kernels.gpu import NO_GPU, markdown, measure, sanitize
+
+    if not torch.cuda.is_available():
+        print(NO_GPU)
+        return 0
+    problems = sanitize() if options.sanitize else []
+    device = torch.device("cuda")
+    measurements = list(measure(device, device_name=torch.cuda.get_device_name(device)))
+    print("\n".join([*problems, markdown(measurements)]))
+    if options.json is not None:
+        write_json(options.json, [asdict(row) for row in measurements])
     return 1 if problems else 0
 
 

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128
+SMALLEST_PROBABILITY = 1e-26
+"""Smaller ones count as 0: next to the largest of a row they change no bit, also in float64 (our choice)."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Rows:
     ) -> Tensor:
         """Add one tile's part to grad_k and grad_v, fp32 [B, H, K, D]; return that of q[:, :, tile.rows]."""
         rows, keys = tile.rows, tile.keys
-        probs = pattern.scores(self.q, k, tile).sub_(self.lse[:, :, rows]).exp_()
+        probs = _exp_(pattern.scores(self.q, k, tile).sub_(self.lse[:, :, rows]))
         grad_rows = self.grad_out[:, :, rows]
         grad_v[:, :, keys].add_(torch.matmul(probs.to(v.dtype).transpose(2, 3), grad_rows))
         grad_probs = _precise(torch.matmul(grad_rows, v[:, :, keys].transpose(2, 3)))
@@ -195,7 +197,7 @@ class TorchTiles:
             scores = pattern.scores(q, k, tile)
             # A row that sees no key gets a finite top and probabilities 0; any other has a total >= 1.
             top = scores.amax(dim=-1, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min)
-            probs = scores.sub_(top).exp_()
+            probs = _exp_(scores.sub_(top))
             total = probs.sum(dim=-1, keepdim=True)
             lse[:, :, tile.rows] = top + total.log()
             weighted = torch.matmul(probs.to(v.dtype), v[:, :, tile.keys])
@@ -235,6 +237,16 @@ def _precision(x: Tensor) -> torch.dtype:
 
 def _precise(x: Tensor) -> Tensor:
     return x.to(_precision(x))
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp in place, with 0 for what is below the smallest probability, such as exp(-inf).
+
+    ALiBi makes many scores very negative. Their exponentials would be subnormal, on which a CPU's exp and
+    matrix products are ten times slower.
+    """
+    x.clamp_(min=math.log(SMALLEST_PROBABILITY)).exp_()
+    return F.threshold(x, 1.01 * SMALLEST_PROBABILITY, 0.0, inplace=True)
 
 
 def _for_heads(x: Tensor, heads: int) -> Tensor:

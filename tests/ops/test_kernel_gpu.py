@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_b2.cli.main import main
 from megatron_b2.config import load_config
 from megatron_b2.testing.kernels import gpu
 from megatron_b2.testing.kernels.gpu import PEAKS, Measurement, bound, markdown, measure, peak_of, sanitize
@@ -127,7 +128,7 @@ def test_without_a_gpu_nothing_is_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main(out=tmp_path / "gpu.json") == 0
+    assert main(["ops", "bench", "--json", str(tmp_path / "gpu.json")]) == 0
     assert capsys.readouterr().out.strip() == gpu.NO_GPU
     assert "not measured" in gpu.NO_GPU
     assert not (tmp_path / "gpu.json").exists()
@@ -140,7 +141,7 @@ def test_with_a_gpu_everything_is_measured_and_written(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA H800 ({device})")
     monkeypatch.setattr(gpu, "sanitize", lambda: ["memcheck: exit status 1"])
     monkeypatch.setattr(gpu, "measure", lambda device, device_name: iter(dry_run((SMALL,), device_name)))
-    assert gpu.main(out=tmp_path / "gpu.json", sanitize_too=True) == 1
+    assert main(["ops", "bench", "--json", str(tmp_path / "gpu.json"), "--sanitize"]) == 1
     out = capsys.readouterr().out
     assert "memcheck: exit status 1" in out
     assert "Measured on NVIDIA H800 (cuda)" in out

@@ -1,4 +1,6 @@
-"""Head and loss, forward and backward: ours against the dense torch expression, in one run.
+"""Head and loss, forward and backward: ours against two torch expressions, in one run.
+
+"dense" makes the logits; "chunked" is torch's linear_cross_entropy with its default options for chunks.
 
 Floor: 3 matrix products (logits, dx, dW), 6 T H V floating-point operations; the gradient of W, V H 4 bytes,
 must exist in both. Prints a table and writes JSON.
@@ -57,6 +59,16 @@ def dense(options: Options) -> Callable[[], None]:
     return freed(call, hidden, weight)
 
 
+def chunked(options: Options) -> Callable[[], None]:
+    hidden, weight, labels = inputs(options)
+    chunks = torch.nn.LinearCrossEntropyOptions()
+
+    def call() -> None:
+        F.linear_cross_entropy(hidden, F.normalize(weight), labels, options=chunks).backward()
+
+    return freed(call, hidden, weight)
+
+
 def ours(options: Options, max_z_weight: float) -> Callable[[], None]:
     hidden, weight, labels = inputs(options)
 
@@ -73,6 +85,7 @@ def main() -> None:
     rows = compare(
         {
             "dense": lambda: dense(options),
+            "chunked": lambda: chunked(options),
             "ours": lambda: ours(options, 0.0),
             "ours + max-z": lambda: ours(options, 2e-4),
         },

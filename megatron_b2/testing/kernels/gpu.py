@@ -1,24 +1,19 @@
 """The part of the verification kit that needs a GPU: sanitizer, bandwidth and FLOP/s, other projects.
 
-    python -m megatron_b2.testing.kernels.gpu                   the table, with the device's name
-    python -m megatron_b2.testing.kernels.gpu --sanitize-too    also compute-sanitizer over the quick checks
-
-Parity on a GPU is `b2 ops verify --device cuda`. On a machine without a GPU this says so and measures
-nothing; the tests run its code with the clock replaced.
+The commands are `b2 ops bench` and, for parity, `b2 ops verify --device cuda`. On a machine without a GPU they
+say so and measure nothing; the tests run this code with the clock replaced.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -183,29 +178,3 @@ def sanitize(run: Callable[[list[str]], int] = subprocess.call) -> list[str]:
         return [f"{SANITIZER} is not on PATH: it is part of the CUDA toolkit"]
     commands = sanitizer_commands()
     return [f"{' '.join(command)}: exit status {status}" for command in commands if (status := run(command))]
-
-
-def main(out: Path | None = None, sanitize_too: bool = False) -> int:
-    """Measure on the GPU of this machine.
-
-    Args:
-        out: also write the measurements as JSON.
-        sanitize_too: also run compute-sanitizer over the checks.
-    """
-    if not torch.cuda.is_available():
-        print(NO_GPU)
-        return 0
-    problems_found = sanitize() if sanitize_too else []
-    print("\n".join(problems_found))
-    device = torch.device("cuda")
-    measurements = list(measure(device, device_name=torch.cuda.get_device_name(device)))
-    print(markdown(measurements))
-    if out is not None:
-        out.write_text(json.dumps([asdict(row) for row in measurements], indent=1) + "\n", encoding="utf-8")
-    return 1 if problems_found else 0
-
-
-if __name__ == "__main__":
-    import tyro
-
-    sys.exit(tyro.cli(main))
