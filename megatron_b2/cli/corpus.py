@@ -1,4 +1,4 @@
-"""`b2 corpus`: fetch real multilingual text, list the sets it comes in, look at your own."""
+"""`b2 corpus`: fetch real text, look at your own, clean and de-duplicate it, and see what became of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-HELP = "fetch real multilingual text, or look at your own"
+HELP = "fetch real text; clean, de-duplicate and weigh a corpus"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +63,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command; see `b2 corpus --help`."""
     import tyro
 
+    from megatron_b2.cli import corpus_pipeline as pipeline
     from megatron_b2.cli.repeated import gather_repeated
 
+    arguments = gather_repeated(argv, ("--input", "--packages"))
+    if arguments[:1] == ["run"] and not {"-h", "--help"} & set(arguments):
+        return pipeline.run(arguments[1:])
+    subcommand = tyro.conf.subcommand
     commands = (
-        Annotated[Fetch, tyro.conf.subcommand("fetch")]
-        | Annotated[Sets, tyro.conf.subcommand("sets")]
-        | Annotated[Stats, tyro.conf.subcommand("stats")]
+        Annotated[Fetch, subcommand("fetch")]
+        | Annotated[Sets, subcommand("sets")]
+        | Annotated[Stats, subcommand("stats")]
+        | Annotated[pipeline.Run, subcommand("run")]
+        | Annotated[pipeline.Report, subcommand("report")]
+        | Annotated[pipeline.Explain, subcommand("explain")]
+        | Annotated[pipeline.Mix, subcommand("mix")]
     )
-    command: Fetch | Sets | Stats = tyro.cli(
-        commands,
-        args=gather_repeated(argv, ("--input", "--packages")),
-        prog="b2 corpus",
-        description=f"b2 corpus: {HELP}.",
+    command: object = tyro.cli(
+        commands, args=arguments, prog="b2 corpus", description=f"b2 corpus: {HELP}."
     )
-    if isinstance(command, Fetch):
-        return _fetch(command)
-    return _sets() if isinstance(command, Sets) else _stats(command)
+    match command:
+        case Fetch():
+            return _fetch(command)
+        case Sets():
+            return _sets()
+        case Stats():
+            return _stats(command)
+    return pipeline.main(command)
 
 
 def _fetch(command: Fetch) -> int:

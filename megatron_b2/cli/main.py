@@ -14,7 +14,7 @@ from megatron_b2.errors import B2Error
 
 COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "corpus": "fetch real multilingual text, or look at your own",
+        "corpus": "fetch real text; clean, de-duplicate and weigh a corpus",
         "tokenizer": "train, measure and export a SentencePiece tokenizer",
         "preprocess": "tokenize text into the .bin/.idx pair that training reads",
         "data": "look at a tokenized data set: sizes, samples, order",

@@ -33,10 +33,14 @@ def from_dict(schema: type[Schema], mapping: Any, *, key: Key = ()) -> Schema:
 
 
 class Decoder:
-    """Decodes nested plain values; `problems` and `missing` hold everything that was wrong."""
+    """Decodes nested plain values; `problems` and `missing` hold everything that was wrong.
 
-    def __init__(self, origins: Mapping[Key, str]) -> None:
+    `root` is the schema of the whole configuration, which suggestions for unknown keys come from.
+    """
+
+    def __init__(self, origins: Mapping[Key, str], root: type = RunConfig) -> None:
         self.origins = origins
+        self.root = root
         self.problems: list[str] = []
         self.missing: list[str] = []
 
@@ -124,8 +128,8 @@ class Decoder:
     def unknown(self, table: Key, name: str, known: Mapping[str, Any]) -> None:
         key = (*table, name)
         close = nearest(name, known)
-        same_name = [dotted(s.key) for s in settings(RunConfig) if s.key[-1] == name and s.key[:-1] != table]
-        everywhere = nearest(dotted(key), (dotted(setting.key) for setting in settings(RunConfig)))
+        same_name = [dotted(s.key) for s in settings(self.root) if s.key[-1] == name and s.key[:-1] != table]
+        everywhere = nearest(dotted(key), (dotted(setting.key) for setting in settings(self.root)))
         best = dotted((*table, close)) if close else same_name[0] if same_name else everywhere
         listing = f"known here: {', '.join(known)}"
         self.fail(key, f"unknown key {dotted(key)}; " + (f"did you mean {best}?" if best else listing))

@@ -27,15 +27,16 @@ def flag_of(key: Key) -> str:
     return "--" + ".".join(map(str, key)).replace("_", "-")
 
 
-def read_overrides(arguments: Sequence[str], problems: list[str]) -> Layer:
-    """The settings on a command line as a layer; unknown flags and stray values are appended to `problems`.
+def read_overrides(arguments: Sequence[str], problems: list[str], schema: type = RunConfig) -> Layer:
+    """The settings of `schema` on a command line as a layer; unknown flags and stray values are appended to
+    `problems`.
 
     Values of a wrong type are kept as they are: decoding reports them together with all other problems.
     """
     layer = Layer()
     for flag, values in _split(arguments, problems):
         try:
-            key, value = _read_flag(flag, values)
+            key, value = _read_flag(flag, values, schema)
         except ConfigError as error:
             problems.append(f"{ORIGIN}: {error}")
             continue
@@ -60,10 +61,10 @@ def _split(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, lis
     return groups
 
 
-def _read_flag(flag: str, values: list[str]) -> tuple[Key, Any]:
+def _read_flag(flag: str, values: list[str], schema: type) -> tuple[Key, Any]:
     """The key that a flag names, and its plain value. Raises ConfigError for unknown flags, stray values."""
     names = tuple(flag.removeprefix("--").replace("-", "_").split("."))
-    known = {setting.key: setting.annotation for setting in settings(RunConfig)}
+    known = {setting.key: setting.annotation for setting in settings(schema)}
     if names[0] == "deepspeed" and len(names) > 1:
         return names, _only(flag, [_toml_value(value) for value in values])
     if names in known:
@@ -73,7 +74,7 @@ def _read_flag(flag: str, values: list[str]) -> tuple[Key, Any]:
         return positive, False
     flags = [flag_of(key) for key in known]
     close = next((item for item in flags if item.endswith(f".{flag[2:]}")), None) or nearest(flag, flags)
-    hint = f"did you mean {close}?" if close else "`b2 config show preset:toy --help` lists all settings"
+    hint = f"did you mean {close}?" if close else f"known are {', '.join(flags)}"
     raise ConfigError(f"unknown flag {flag}; {hint}")
 
 
