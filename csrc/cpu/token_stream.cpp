@@ -121,8 +121,20 @@ class TokenStream {
     if (token < 0 || token >= num_tokens_) {
       throw std::out_of_range("token " + std::to_string(token) + " of a stream of " + std::to_string(num_tokens_));
     }
-    std::int64_t low = 0;               // document_start(low) <= token
-    std::int64_t high = num_documents_;  // document_start(high) > token
+    // From where it would be if all documents were equally long, in steps that double: in a large file that is not in
+    // memory yet, a search from both ends would read another page at every step.
+    const long double share = static_cast<long double>(token) / static_cast<long double>(num_tokens_);
+    const auto guess = static_cast<std::int64_t>(share * static_cast<long double>(num_documents_));
+    std::int64_t low = std::min(guess, num_documents_ - 1);  // document_start(low) <= token
+    std::int64_t high = low + 1;                             // document_start(high) > token
+    for (std::int64_t step = 1; low > 0 && document_start(low) > token; step *= 2) {
+      high = low;
+      low = std::max<std::int64_t>(0, low - step);
+    }
+    for (std::int64_t step = 1; high < num_documents_ && document_start(high) <= token; step *= 2) {
+      low = high;
+      high = std::min(num_documents_, high + step);
+    }
     while (high - low > 1) {
       const std::int64_t middle = low + (high - low) / 2;
       (document_start(middle) <= token ? low : high) = middle;

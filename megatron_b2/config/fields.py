@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
-from itertools import pairwise
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -39,14 +38,24 @@ def type_hints(schema: type) -> Mapping[str, Any]:
 
 @cache
 def field_docs(schema: type) -> Mapping[str, str]:
-    """The documentation string under each field of a schema class."""
+    """The documentation string under each field of a schema class and of those it inherits from.
+
+    A field without one shares that of the next field that has one.
+    """
+    docs: dict[str, str] = {}
+    for base in schema.__bases__:
+        if is_dataclass(base):
+            docs |= field_docs(base)
     tree = ast.parse(inspect.getsource(sys.modules[schema.__module__]))
     classes = {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
-    docs: dict[str, str] = {}
-    for node, following in pairwise(classes[schema.__name__]):
-        match node, following:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.split())
+    waiting: list[str] = []
+    for node in classes[schema.__name__]:
+        match node:
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                waiting.append(name)
+            case ast.Expr(value=ast.Constant(value=str(text))):
+                docs |= dict.fromkeys(waiting, " ".join(text.split()))
+                waiting = []
     return MappingProxyType(docs)
 
 

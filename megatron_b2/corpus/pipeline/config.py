@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import psutil
 
@@ -17,11 +17,33 @@ from megatron_b2.corpus.pipeline.extract import Input
 from megatron_b2.corpus.pipeline.local import LocalExecutor
 from megatron_b2.corpus.pipeline.stage import Stage
 from megatron_b2.corpus.pipeline.tasks import Limits
+from megatron_b2.corpus.stages.decontaminate import Decontaminate
+from megatron_b2.corpus.stages.heuristics import Heuristics
 from megatron_b2.corpus.stages.language import Language
+from megatron_b2.corpus.stages.minhash import MinHash
 from megatron_b2.corpus.stages.normalize import Normalize
+from megatron_b2.corpus.stages.pii import Pii
+from megatron_b2.corpus.stages.quality import Quality
+from megatron_b2.corpus.stages.repeats import Exact, Paragraph, Sentence
+from megatron_b2.corpus.stages.safety import Safety
+from megatron_b2.corpus.stages.weights import Weights
 from megatron_b2.errors import ConfigError
 
-StageName = Literal["normalize", "language"]
+StageName = Literal[
+    "normalize",
+    "language",
+    "exact",
+    "heuristics",
+    "quality",
+    "sentence",
+    "paragraph",
+    "minhash",
+    "safety",
+    "decontaminate",
+    "pii",
+    "weights",
+]
+ALL_STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +65,21 @@ class PipelineConfig:
     work: str
     """Folder for documents, attributes and the state."""
     input: Input
-    stages: tuple[StageName, ...] = ("normalize", "language")
+    stages: tuple[StageName, ...] = ALL_STAGES
     """Which stages run, in this order."""
     execution: Execution = field(default_factory=Execution)
     normalize: Normalize = field(default_factory=Normalize)
     language: Language = field(default_factory=Language)
+    exact: Exact = field(default_factory=Exact)
+    heuristics: Heuristics = field(default_factory=Heuristics)
+    quality: Quality = field(default_factory=Quality)
+    sentence: Sentence = field(default_factory=Sentence)
+    paragraph: Paragraph = field(default_factory=Paragraph)
+    minhash: MinHash = field(default_factory=MinHash)
+    safety: Safety = field(default_factory=Safety)
+    decontaminate: Decontaminate = field(default_factory=Decontaminate)
+    pii: Pii = field(default_factory=Pii)
+    weights: Weights = field(default_factory=Weights)
 
     def chosen(self) -> dict[str, Stage]:
         """The stages that run, by name."""

@@ -140,6 +140,11 @@ def _ranges(cuts: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return ranges, np.concatenate([[0], np.cumsum(counts)]) // 2
 
 
+def only_changed(after: pa.Array, changed: np.ndarray) -> pa.Array:
+    """The column STAGE.text: `after`, with null for the texts that did not change."""
+    return pc.if_else(pa.array(changed), after, pa.scalar(None, after.type))
+
+
 def languages_of(view: View) -> list[str]:
     """Tag of each document: that of the stage `language` where it ran, else the input's."""
     if "language.tag" in view.attributes.column_names:

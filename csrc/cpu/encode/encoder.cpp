@@ -1,0 +1,138 @@
+#include "encode/encoder.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace b2::encode {
+
+namespace {
+
+constexpr std::string_view kSpaceMarkText = "\xE2\x96\x81";
+constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
+constexpr int kBlock = 64;
+
+// ASCII characters at the start of the text, up to kBlock.
+int ascii_run(const char* text, const char* end) {
+  const int most = static_cast<int>(std::min<std::ptrdiff_t>(end - text, kBlock));
+  int count = 0;
+  for (; count + 8 <= most; count += 8) {
+    std::uint64_t word;
+    std::memcpy(&word, text + count, 8);
+    if (const std::uint64_t high = word & 0x8080808080808080u; high != 0) {
+      return count + __builtin_ctzll(high) / 8;
+    }
+  }
+  while (count < most && static_cast<std::uint8_t>(text[count]) < 0x80) ++count;
+  return count;
+}
+
+// Every byte that starts no valid character, replaced.
+std::string repaired(std::string_view text) {
+  std::string result;
+  const char* end = text.data() + text.size();
+  std::uint32_t code = 0;
+  for (const char* p = text.data(); p < end;) {
+    const int length = read_character(p, end, code);
+    result += length > 0 ? std::string_view(p, static_cast<std::size_t>(length)) : kReplacement;
+    p += std::max(length, 1);
+  }
+  return result;
+}
+
+}  // namespace
+
+void Encoder::encode(std::string_view text, const char* limit, Ids& out) {
+  for (std::size_t mark; (mark = text.find(kSpaceMarkText)) != text.npos;) {
+    encode_part(text.substr(0, mark), limit, out);
+    model_.spell(kSpaceMark, out);
+    text.remove_prefix(mark + kSpaceMarkText.size());
+  }
+  encode_part(text, limit, out);
+}
+
+void Encoder::encode_part(std::string_view part, const char* limit, Ids& out) {
+  const std::size_t size = out.size();
+  const Outcome outcome = encode_chunks(part, limit, out);
+  if (outcome == Outcome::kDone) return;
+  out.truncate(size);
+  if (outcome == Outcome::kInvalid) {
+    const std::string valid = repaired(part);
+    encode_part(valid, valid.data() + valid.size(), out);
+  } else {
+    merger_.encode_whole(part, out);
+  }
+}
+
+Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit, Ids& out) {
+  const char* const end = part.data() + part.size();
+  const char* begin = part.data();  // of the chunk
+  bool taken_apart = false;
+  const auto cut = [&](const char* at) {
+    taken_apart |= at > begin && !encode_chunk({begin, static_cast<std::size_t>(at - begin)}, limit, out);
+    begin = at;
+  };
+  const auto take_user_symbol = [&](const char* at) {
+    std::int32_t id = 0;
+    const std::size_t length = model_.match_user_symbol(at, end, id);
+    if (length == 0) return false;
+    cut(at);
+    out.push(id);
+    begin = at + length;
+    return true;
+  };
+  std::uint32_t previous = 0;
+  for (const char* p = begin; p < end;) {
+    std::uint32_t code = 0;
+    const int length = read_character(p, end, code);
+    if (length == 0) return Outcome::kInvalid;
+    if (model_.may_start_user_symbol(code) && take_user_symbol(p)) {
+      p = begin;
+      continue;
+    }
+    code = as_in_model(code);
+    if (p > begin && !model_.may_join(previous, code)) cut(p);
+    p += length;
+    previous = code;
+    while (static_cast<std::uint8_t>(p[-1]) < 0x80) {  // ASCII after ASCII: a block of characters at a time
+      const int count = ascii_run(p, end);
+      std::uint64_t events = 0;
+      for (int i = 0; i < count; ++i) events |= static_cast<std::uint64_t>(model_.event(p + i) != 0) << i;
+      for (; events != 0; events &= events - 1) {
+        const char* at = p + __builtin_ctzll(events);
+        if (at < begin) continue;  // inside of a user-defined symbol
+        const std::uint8_t event = model_.event(at);
+        if ((event & Model::kUserSymbol) != 0 && take_user_symbol(at)) continue;
+        if ((event & Model::kCut) != 0) cut(at);
+      }
+      p += count;
+      if (begin >= p) {  // behind a user-defined symbol
+        p = begin;
+        break;
+      }
+      previous = as_in_model(static_cast<std::uint8_t>(p[-1]));
+      if (count < kBlock) break;
+    }
+  }
+  cut(end);
+  return taken_apart ? Outcome::kTakenApart : Outcome::kDone;
+}
+
+// False when an unused piece came out.
+bool Encoder::encode_chunk(std::string_view chunk, const char* limit, Ids& out) {
+  if (chunk.size() <= words_.kMaxBytes) return encode_cached(chunk, limit, words_, out);
+  if (chunk.size() <= phrases_.kMaxBytes) return encode_cached(chunk, limit, phrases_, out);
+  return merger_.encode_chunk(chunk, out);
+}
+
+template <typename Cache>
+bool Encoder::encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out) {
+  const typename Cache::Key key = Cache::key(chunk.data(), chunk.size(), limit);
+  if (cache.find(key, out)) return true;
+  const std::size_t size = out.size();
+  if (!merger_.encode_chunk(chunk, out)) return false;
+  const std::size_t count = out.size() - size;
+  if (count <= Cache::kMaxIds) cache.put(key, out.data() + size, count);
+  return true;
+}
+
+}  // namespace b2::encode

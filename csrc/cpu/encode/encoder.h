@@ -1,0 +1,47 @@
+// Texts to token ids, exactly as SentencePiece gives them.
+//
+// A text is cut wherever no piece of the vocabulary holds the two characters around the cut: no merge can cross it, so
+// the chunks are encoded apart with the same result. Chunks are words, mostly, and their ids come from a cache.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "encode/chunk_cache.h"
+#include "encode/ids.h"
+#include "encode/merger.h"
+#include "encode/model.h"
+
+namespace b2::encode {
+
+// Has a cache of its own: one for each thread.
+class Encoder {
+ public:
+  // cache_bits: each of the two caches takes 2^cache_bits x 64 bytes.
+  Encoder(const Model& model, int cache_bits) : model_(model), merger_(model), words_(cache_bits), phrases_(cache_bits) {}
+
+  // Appends the ids of a text that lies in readable memory up to `limit`.
+  //
+  // A byte that is no valid UTF-8 counts as U+FFFD, as in SentencePiece. U+2581 is spelled in bytes; SentencePiece
+  // would take it for a space.
+  void encode(std::string_view text, const char* limit, Ids& out);
+
+ private:
+  enum class Outcome { kDone, kInvalid, kTakenApart };
+
+  void encode_part(std::string_view part, const char* limit, Ids& out);
+  Outcome encode_chunks(std::string_view part, const char* limit, Ids& out);
+  bool encode_chunk(std::string_view chunk, const char* limit, Ids& out);
+  template <typename Cache>
+  bool encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out);
+
+  const Model& model_;
+  Merger merger_;
+  ChunkCache<2, 4, 2> words_;    // chunks of up to 14 bytes
+  ChunkCache<5, 6, 1> phrases_;  // of up to 38
+};
+
+}  // namespace b2::encode

@@ -1,0 +1,153 @@
+#include "encode/merger.h"
+
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+
+namespace b2::encode {
+
+namespace {
+
+constexpr std::int32_t kNever = std::numeric_limits<std::int32_t>::max();
+constexpr std::uint32_t kEnd = std::numeric_limits<std::uint32_t>::max();
+constexpr std::int32_t kUserDefined = ~static_cast<std::int32_t>(kMaxCode + 1);
+constexpr std::size_t kShort = 64;  // up to here a scan for the best pair is faster than a queue
+
+}  // namespace
+
+bool Merger::encode_chunk(std::string_view chunk, Ids& out) {
+  symbols_.clear();
+  const char* end = chunk.data() + chunk.size();
+  std::uint32_t code = 0;
+  for (const char* p = chunk.data(); p < end;) {
+    p += read_character(p, end, code);
+    symbols_.push_back(model_.character(as_in_model(code)));
+  }
+  if (symbols_.size() <= kShort) {
+    merge_short();
+  } else {
+    merge_long();
+  }
+  for (const std::int32_t symbol : symbols_) {
+    if (model_.is_taken_apart(symbol)) return false;
+  }
+  for (const std::int32_t symbol : symbols_) write(symbol, out);
+  return true;
+}
+
+void Merger::encode_whole(std::string_view text, Ids& out) {
+  symbols_.clear();
+  parts_.clear();
+  const char* end = text.data() + text.size();
+  std::uint32_t code = 0;
+  for (const char* p = text.data(); p < end;) {
+    std::int32_t id = 0;
+    const std::size_t length = model_.match_user_symbol(p, end, id);
+    if (length > 0) {
+      p += length;
+      symbols_.push_back(kUserDefined - id);
+    } else {
+      p += read_character(p, end, code);
+      symbols_.push_back(model_.character(as_in_model(code)));
+    }
+  }
+  merge_long();
+  std::vector<std::int32_t> stack;
+  for (const std::int32_t symbol : symbols_) {
+    for (stack.push_back(symbol); !stack.empty();) {
+      const std::int32_t top = stack.back();
+      stack.pop_back();
+      if (model_.is_taken_apart(top)) {
+        const auto& [left, right] = parts_.at(top);
+        stack.insert(stack.end(), {right, left});
+      } else {
+        write(top, out);
+      }
+    }
+  }
+}
+
+void Merger::merge_short() {
+  std::size_t count = symbols_.size();
+  ranks_.resize(count);
+  joined_.resize(count);
+  const auto find = [&](std::size_t i) {
+    const Merge* merge = i + 1 < count ? model_.merge(symbols_[i], symbols_[i + 1]) : nullptr;
+    ranks_[i] = merge != nullptr ? merge->rank : kNever;
+    joined_[i] = merge != nullptr ? merge->symbol : 0;
+  };
+  for (std::size_t i = 0; i < count; ++i) find(i);
+  while (count > 1) {
+    std::size_t best = 0;
+    for (std::size_t i = 1; i < count; ++i) {
+      if (ranks_[i] < ranks_[best]) best = i;
+    }
+    if (ranks_[best] == kNever) break;
+    symbols_[best] = joined_[best];
+    --count;
+    for (std::size_t i = best + 1; i < count; ++i) {
+      symbols_[i] = symbols_[i + 1];
+      ranks_[i] = ranks_[i + 1];
+      joined_[i] = joined_[i + 1];
+    }
+    if (best > 0) find(best - 1);
+    find(best);
+  }
+  symbols_.resize(count);
+}
+
+void Merger::merge_long() {
+  const std::size_t count = symbols_.size();
+  if (count >= kEnd) throw std::length_error("a text has 2^32 characters that cannot be cut");
+  std::vector<std::uint32_t> next(count), previous(count);
+  std::vector<std::uint64_t> queue;  // (rank, position) of pairs, also of some that are gone
+  ranks_.assign(count, kNever);
+  joined_.resize(count);
+  const auto find = [&](std::uint32_t i) {
+    const Merge* merge = next[i] != kEnd ? model_.merge(symbols_[i], symbols_[next[i]]) : nullptr;
+    ranks_[i] = merge != nullptr ? merge->rank : kNever;
+    if (merge == nullptr) return false;
+    joined_[i] = merge->symbol;
+    queue.push_back(static_cast<std::uint64_t>(merge->rank) << 32 | i);
+    if (model_.is_taken_apart(merge->symbol)) parts_[merge->symbol] = {symbols_[i], symbols_[next[i]]};
+    return true;
+  };
+  for (std::uint32_t i = 0; i < count; ++i) {
+    next[i] = i + 1 < count ? i + 1 : kEnd;
+    previous[i] = i > 0 ? i - 1 : kEnd;
+    find(i);
+  }
+  std::make_heap(queue.begin(), queue.end(), std::greater<>());
+  while (!queue.empty()) {
+    const auto rank = static_cast<std::int32_t>(queue.front() >> 32);
+    const auto left = static_cast<std::uint32_t>(queue.front());
+    std::pop_heap(queue.begin(), queue.end(), std::greater<>());
+    queue.pop_back();
+    if (ranks_[left] != rank) continue;
+    const std::uint32_t right = next[left];
+    symbols_[left] = joined_[left];
+    ranks_[right] = kNever;
+    next[left] = next[right];
+    if (next[left] != kEnd) previous[next[left]] = left;
+    if (previous[left] != kEnd && find(previous[left])) {
+      std::push_heap(queue.begin(), queue.end(), std::greater<>());
+    }
+    if (find(left)) std::push_heap(queue.begin(), queue.end(), std::greater<>());
+  }
+  std::size_t kept = 0;
+  for (std::uint32_t i = 0; i != kEnd; i = next[i]) symbols_[kept++] = symbols_[i];
+  symbols_.resize(kept);
+}
+
+void Merger::write(std::int32_t symbol, Ids& out) const {
+  if (symbol <= kUserDefined) {
+    out.push(kUserDefined - symbol);
+  } else if (symbol >= 0 && symbol < model_.vocab_size()) {
+    out.push(symbol);
+  } else {
+    model_.spell(model_.code(symbol), out);
+  }
+}
+
+}  // namespace b2::encode

@@ -1,0 +1,46 @@
+// Sorting by keys that are uniform 64-bit hashes: one pass puts every item near its place, small sorts do the rest.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace b2::text {
+
+// Sorts items by `less`, which must order by key(item) first. Linear time for uniform keys, n log n for any.
+// `scratch` and `counts` are memory to reuse.
+template <typename Item, typename Key, typename Less>
+void uniform_sort(std::vector<Item>& items, std::vector<Item>& scratch, std::vector<std::size_t>& counts, Key key,
+                  Less less) {
+  constexpr std::size_t kItemsABucket = 4;
+  const std::size_t n = items.size();
+  unsigned bits = 0;
+  while (bits < 24 && (std::size_t{kItemsABucket} << (bits + 1)) <= n) {
+    ++bits;
+  }
+  if (bits < 3) {
+    std::sort(items.begin(), items.end(), less);
+    return;
+  }
+  const unsigned shift = 64 - bits;
+  counts.assign((std::size_t{1} << bits) + 1, 0);
+  for (const Item& item : items) {
+    ++counts[(key(item) >> shift) + 1];
+  }
+  for (std::size_t b = 1; b < counts.size(); ++b) {
+    counts[b] += counts[b - 1];
+  }
+  scratch.resize(n);
+  for (const Item& item : items) {
+    scratch[counts[key(item) >> shift]++] = item;
+  }
+  std::size_t begin = 0;
+  for (std::size_t b = 0; begin < n; ++b) {
+    std::sort(scratch.begin() + begin, scratch.begin() + counts[b], less);
+    begin = counts[b];
+  }
+  items.swap(scratch);
+}
+
+}  // namespace b2::text
