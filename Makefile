@@ -65,7 +65,8 @@ $(DEPENDENCIES): $(wildcard requirements/*.txt) | $(PY)
 	@echo "installing pinned packages into $(VENV): torch (minutes, the first time)"
 	@$(PIP) setuptools wheel packaging ninja pybind11 numpy torch
 	@echo "installing pinned packages into $(VENV): all others"
-	@$(PIP) --no-build-isolation -r requirements/runtime.txt -r requirements/deepspeed.txt -r requirements/triton.txt -r requirements/dev.txt
+	@$(PIP) --no-build-isolation -r requirements/runtime.txt -r requirements/corpus.txt -r requirements/deepspeed.txt -r requirements/triton.txt \
+		-r requirements/dev.txt
 	@touch $@
 
 $(EXTENSION): setup.py pyproject.toml $(CSRC) $(DEPENDENCIES)

@@ -117,7 +117,8 @@ setup(
     extras_require={
         "deepspeed": requirements("deepspeed"),
         "triton": requirements("triton"),
-        "dev": requirements("deepspeed") + requirements("triton") + requirements("dev"),
+        "corpus": requirements("corpus"),
+        "dev": requirements("deepspeed") + requirements("triton") + requirements("corpus") + requirements("dev"),
     },
     entry_points={"console_scripts": ["b2=megatron_b2.cli.main:main"]},
     ext_modules=[

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_b2.layouts.backends import describe_backends
 from megatron_b2.layouts.memory import GIB
 from megatron_b2.layouts.ranks import node_rows
 from megatron_b2.layouts.report import LayoutReport
@@ -62,6 +63,7 @@ def _print_head(report: LayoutReport, console: Console) -> None:
     table.add_row("GFLOP a token", flops)
     layers = f" of {len(train.recompute_layers)} blocks" if train.recompute_layers else ""
     table.add_row("recomputation", f"{train.recompute}{layers}")
+    table.add_row("planned with", describe_backends(config.ops))
     console.print(table, "")
 
 
@@ -123,7 +125,7 @@ def _print_pipeline(report: LayoutReport, console: Console, picture: str | None)
 
 def _print_traffic(report: LayoutReport, console: Console) -> None:
     columns = ("pp", "group", "ranks", "operation", "what for", "calls", "GB", "GB sent (ring)")
-    table = _table("collectives a step on one rank (~: calls depend on DeepSpeed's buckets)", columns)
+    table = _table("collectives a step on one rank (~: not exact)", columns)
     for item in report.positions:
         for traffic in item.traffic:
             table.add_row(

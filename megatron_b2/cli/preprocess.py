@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shards": result.num_shards,
         "reused_shards": result.reused_shards,
         "already_done": result.already_done,
+        "encoder": "SentencePiece" if result.slow_because else "native",
+        "slow_because": result.slow_because,
         "manifest": asdict(result.manifest),
     }
     if args.json is not None:
@@ -86,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.output}: already done from the same inputs, tokenizer and options")
     elif result.reused_shards:
         print(f"{result.reused_shards} of {result.num_shards} shards were done by an earlier run")
+    if not result.already_done:
+        slow = f"SentencePiece itself, which is slower: {result.slow_because}"
+        print(f"encoder: {slow if result.slow_because else 'native'}")
     _print_summary(args.output, result.manifest, seconds=None if result.already_done else seconds)
     return 0
 

@@ -56,12 +56,11 @@ def _dry_run(arguments: ConfigArguments) -> int:
     if not size.isdecimal() or int(size) < 1:
         raise InputError(f"--world-size {size!r} is not a positive whole number")
     resolved = arguments.load()
+    config = _chosen(resolved, world_size=int(size), is_first=True)
     console = terminal()
-    print_plan(resolved.config, plan_run(resolved.config, world_size=int(size)), console=console)
-    inputs = open_inputs(
-        resolved.config, comm=SingleComm(), world_size=int(size), provenance=resolved.provenance
-    )
-    epochs = resolved.config.train.steps * resolved.config.train.global_batch_size / inputs.train.num_samples
+    print_plan(config, plan_run(config, world_size=int(size)), console=console)
+    inputs = open_inputs(config, comm=SingleComm(), world_size=int(size), provenance=resolved.provenance)
+    epochs = config.train.steps * config.train.global_batch_size / inputs.train.num_samples
     console.print(
         f"inputs are in order: {inputs.train.num_samples:,} training samples an epoch ({epochs:.2f} epochs), "
         f"{inputs.valid.num_samples if inputs.valid else 0:,} for validation; "

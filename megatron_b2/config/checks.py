@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Final
 
+from megatron_b2.config.data_checks import DATA_RULES, blends
+from megatron_b2.config.deepspeed_keys import deepspeed_problems
 from megatron_b2.config.layout_checks import LAYOUT_RULES, LAYOUT_WORLD_RULES
 from megatron_b2.config.problem import Problem, Problems, Rule, WorldRule
 from megatron_b2.config.schema import RunConfig
@@ -116,8 +118,8 @@ def sequence_length(config: RunConfig) -> Problems:
 
 def split_shares(config: RunConfig) -> Problems:
     """The split is a distribution with something to train on."""
-    split = config.data.split
-    if min(split) < 0 or abs(sum(split) - 1) > 1e-6:
+    split, is_normalised = config.data.split, config.data.order != "megatron"  # there it is as 969,30,1
+    if min(split) < 0 or (is_normalised and abs(sum(split) - 1) > 1e-6):
         yield Problem(
             ("data.split",),
             f"data.split = {list(split)} (train, validation, test) must be 0 or more and sum to 1; "
@@ -129,23 +131,30 @@ def split_shares(config: RunConfig) -> Problems:
 
 
 def source_weights(config: RunConfig) -> Problems:
-    """Every source takes part in the blend."""
-    for index, source in enumerate(config.data.sources):
-        if source.weight <= 0:
-            key = f"data.sources[{index}].weight"
-            message = f"{key} = {source.weight:g} must be greater than 0: remove the source to skip it"
-            yield Problem((key,), message)
+    """Every source takes part in its blend."""
+    for table, sources in blends(config):
+        for index, source in enumerate(sources):
+            if source.weight <= 0:
+                key = f"{table}[{index}].weight"
+                message = f"{key} = {source.weight:g} must be greater than 0: remove the source to skip it"
+                yield Problem((key,), message)
 
 
 def source_prefixes(config: RunConfig) -> Problems:
-    """Sources are named, and each once."""
-    counts = Counter(source.prefix for source in config.data.sources)
-    for index, source in enumerate(config.data.sources):
-        key, times = f"data.sources[{index}].prefix", counts[source.prefix]
-        if not source.prefix:
-            yield Problem((key,), f"{key} is empty: give the path of a .bin/.idx pair without the extension")
-        elif times > 1:
-            yield Problem((key,), f"{key} = {source.prefix!r} is given {times} times: add up the weights")
+    """The pairs of a blend are named, and each once."""
+    for table, sources in blends(config):
+        counts = Counter(prefix for source in sources for prefix in (source.prefix, *source.append))
+        for index, source in enumerate(sources):
+            for name, prefix in (
+                ("prefix", source.prefix),
+                *(("append", prefix) for prefix in source.append),
+            ):
+                key, times = f"{table}[{index}].{name}", counts[prefix]
+                if not prefix:
+                    text = f"{key} is empty: give the path of a .bin/.idx pair without the extension"
+                    yield Problem((key,), text)
+                elif times > 1:
+                    yield Problem((key,), f"{key} = {prefix!r} is given {times} times: add up the weights")
 
 
 def learning_rate_floor(config: RunConfig) -> Problems:
@@ -276,6 +285,7 @@ RULES: Final[tuple[Rule, ...]] = (
     deepspeed_keys_used,
     keep_every_is_saved,
     milestones_are_apart,
+    *DATA_RULES,
     *LAYOUT_RULES,
 )
 WORLD_RULES: Final[tuple[WorldRule, ...]] = (single_engine_is_alone, *LAYOUT_WORLD_RULES)
@@ -291,9 +301,11 @@ def find_problems(
 ) -> list[str]:
     """Every violated rule, as text that ends in where the values were given when `provenance` is known.
 
-    `world_size` (all ranks of the run) adds WORLD_RULES; `training` adds TRAINING_RULES.
+    Among them are those of [deepspeed]. `world_size` (all ranks of the run) adds WORLD_RULES; `training` adds
+    TRAINING_RULES.
     """
     problems = [problem for rule in RULES for problem in rule(config)]
+    problems += deepspeed_problems(config, world_size)
     if world_size is not None:
         problems += [problem for rule in WORLD_RULES for problem in rule(config, world_size)]
     if training:

@@ -145,6 +145,23 @@ def ulysses_divides_heads(config: RunConfig) -> Problems:
         )
 
 
+def stored_attention_needs_ulysses(config: RunConfig) -> Problems:
+    """Attention that stores its probabilities has no log-sum-exp by which the ring could merge parts."""
+    parallel, heads = config.parallel, config.model.num_heads
+    method, tensor, context = parallel.context_method, parallel.tensor, parallel.context
+    if config.ops.attention != "cuda" or min(heads, tensor) < 1 or context < 2 or heads % tensor:
+        return
+    divides = heads // tensor % context == 0
+    if method == "ring" or (method == "auto" and not divides):
+        fitting = "" if divides else f" and context = {_either(_divisors(heads // tensor))}"
+        yield Problem(
+            ("ops.attention", "parallel.context_method", "parallel.context"),
+            'ops.attention = "cuda" stores its probabilities, which the ring cannot merge, and '
+            f'parallel.context_method = "{method}" {"means" if method == "auto" else "is"} the ring with '
+            f'parallel.context = {context}: use "ulysses"{fitting}, or another ops.attention',
+        )
+
+
 def pipeline_needs_zero_0_or_1(config: RunConfig) -> Problems:
     """ZeRO-2 and 3 reduce gradients after every micro-batch, in which a pipeline stage is not in step."""
     parallel = config.parallel
@@ -311,7 +328,7 @@ def batch_divides(config: RunConfig, world_size: int) -> Problems:
         )
 
 
-def _micro_batches(config: RunConfig, world_size: int) -> int:
+def micro_batches(config: RunConfig, world_size: int) -> int:
     """Micro-batches a rank and step; 0 where another rule has reported a problem."""
     unit = config.train.micro_batch_size * _data_size(config, world_size)
     total = config.train.global_batch_size
@@ -320,7 +337,7 @@ def _micro_batches(config: RunConfig, world_size: int) -> int:
 
 def micro_batches_fill_pipeline(config: RunConfig, world_size: int) -> Problems:
     """With fewer micro-batches than stages some ranks never work (torchtitan #775: it hung)."""
-    stages, count = config.parallel.pipeline, _micro_batches(config, world_size)
+    stages, count = config.parallel.pipeline, micro_batches(config, world_size)
     if 0 < count < stages:
         data = _data_size(config, world_size)
         yield Problem(
@@ -334,7 +351,7 @@ def micro_batches_fill_pipeline(config: RunConfig, world_size: int) -> Problems:
 
 def interleaving_has_whole_rounds(config: RunConfig, world_size: int) -> Problems:
     """The interleaved schedule runs micro-batches in rounds of as many as there are pipeline ranks."""
-    stages, count = config.parallel.pipeline, _micro_batches(config, world_size)
+    stages, count = config.parallel.pipeline, micro_batches(config, world_size)
     if config.parallel.schedule == "interleaved" and stages > 1 and count % stages:
         unit = stages * config.train.micro_batch_size * _data_size(config, world_size)
         total = config.train.global_batch_size
@@ -366,6 +383,7 @@ LAYOUT_RULES: Final[tuple[Rule, ...]] = (
     sequence_divides_context,
     sequence_divides_tensor,
     ulysses_divides_heads,
+    stored_attention_needs_ulysses,
     pipeline_needs_zero_0_or_1,
     partitioning_needs_zero_3,
     node_groups_need_no_tensor,

@@ -59,6 +59,36 @@ class SourceConfig:
     """Path of the .bin/.idx pair without the extension."""
     weight: float = 1.0
     """Relative share of training samples; weights are normalised over the sources."""
+    append: tuple[str, ...] = ()
+    """Paths of more pairs whose documents belong to this source; a phase may add to the end of the list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """A change of the training data during a run; what was consumed before stays as it was."""
+
+    from_step: int
+    """The first step that differs: the phase begins after this many optimizer steps."""
+    sources: tuple[SourceConfig, ...] = ()
+    """The whole blend from then on, as [[data.phases.sources]] tables; a source is known by its prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronOrderConfig:
+    """What order = "megatron" must know of the Megatron-LM run that it repeats."""
+
+    train_samples: int = 0
+    """Samples that run was planned for, on which its order depends; 0 is train.steps * global_batch_size."""
+    surplus: float = 0.005
+    """Share of samples planned in excess for each source of a blend (mid_level_dataset_surplus)."""
+    blend_single: bool = False
+    """The only source was given with a weight (--data-path 1.0 PREFIX): its samples have the surplus too."""
+    drop_last: bool = True
+    """Validation leaves out a last, partial sample (drop_last_partial_validation_sequence)."""
+    exact: bool = False
+    """Count partial samples in integers; false repeats Megatron-LM's float32, which can be off."""
+    cache: str = ""
+    """Folder of the built index; empty is PREFIX.order beside each source."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +97,12 @@ class DataConfig:
 
     sources: tuple[SourceConfig, ...] = ()
     """The blend, as [[data.sources]] tables."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Other blends from given steps on, as [[data.phases]] tables in the order of their steps."""
+    order: Literal["stateless", "megatron"] = "stateless"
+    """Order of the samples: ours, or that of a Megatron-LM run which is continued here."""
+    megatron: MegatronOrderConfig = field(default_factory=MegatronOrderConfig)
+    """What order = "megatron" must know of the Megatron-LM run that it repeats."""
     seq_len: int = 4_096
     """Tokens a sample."""
     split: tuple[float, float, float] = (0.98, 0.02, 0.0)
@@ -206,10 +242,15 @@ class OpsConfig:
 
     backend: Literal["auto", "reference", "triton", "cuda"] = "auto"
     """Of every operation that has it; auto takes the first that the device can run."""
-    attention: Literal["default", "auto", "reference", "triton"] = "default"
-    """Causal attention with ALiBi and packed documents; default means ops.backend, here and below."""
-    head_loss: Literal["default", "auto", "reference", "triton"] = "default"
+    attention: Literal["default", "auto", "reference", "triton", "cuda"] = "default"
+    """Causal attention with ALiBi and packed documents; default means ops.backend, here and below. cuda
+    stores tokens x tokens probabilities of each head: used only where it is named here, not with the ring."""
+    head_loss: Literal["default", "auto", "reference", "triton", "cuda"] = "default"
     """NormHead, cross-entropy and max-z loss."""
+    head_gradient: Literal["backward", "forward"] = "backward"
+    """Pass in which the Triton head makes its gradients: backward computes the logits again; forward keeps
+    them, which is a quarter less arithmetic, and holds the weight's gradient until the backward pass. Other
+    heads ignore it: the reference always uses the forward pass, cuda the backward pass."""
     rms_norm: Literal["default", "auto", "reference", "triton", "cuda"] = "default"
     """RMSNorm, also with the addition of the residual."""
     rope: Literal["default", "auto", "reference", "triton"] = "default"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -44,4 +47,34 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             segment_ids=self.segment_ids.to(device, non_blocking=True),
             position_ids=self.position_ids.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class BatchArrays:
+    """The arrays of a batch while it is filled, each [B, S]; the fields are those of `Batch`."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    segment_ids: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+
+    @classmethod
+    def empty(cls, num_samples: int, seq_len: int) -> Self:
+        """Arrays of undefined content."""
+        shape = (num_samples, seq_len)
+        return cls(
+            input_ids=np.empty(shape, np.int64),
+            labels=np.empty(shape, np.int64),
+            segment_ids=np.empty(shape, np.int32),
+            position_ids=np.empty(shape, np.int32),
+        )
+
+    def batch(self) -> Batch:
+        """The batch; it shares memory with the arrays."""
+        return Batch(
+            input_ids=torch.from_numpy(self.input_ids),
+            labels=torch.from_numpy(self.labels),
+            segment_ids=torch.from_numpy(self.segment_ids),
+            position_ids=torch.from_numpy(self.position_ids),
         )

@@ -14,8 +14,9 @@ import numpy as np
 
 from megatron_b2.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_b2.data.manifest import Counts, Tally
-from megatron_b2.data.shards import Piece
+from megatron_b2.documents.shards import Piece
 from megatron_b2.documents import Document, ReadReport, read_documents, read_line_range
+from megatron_b2.documents.texts import Texts
 from megatron_b2.files.atomic import write_json
 from megatron_b2.tokenizer import Tokenizer, load_tokenizer
 
@@ -130,14 +131,15 @@ def _encode(
     *,
     end_of_document: bool,
 ) -> None:
-    encoded = tokenizer.encode_arrays([document.text for document in batch], eos=end_of_document)
-    lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-    builder.add_documents(np.concatenate(encoded), lengths)
+    texts = Texts.of(document.text for document in batch)
+    ids, offsets = tokenizer.encode_column(texts, eos=end_of_document)
+    lengths = np.diff(offsets)
+    builder.add_documents(ids, lengths)
     counts: dict[tuple[str, str], Counts] = defaultdict(Counts)
-    for document, length in zip(batch, lengths.tolist(), strict=True):
+    for document, length, size in zip(batch, lengths.tolist(), np.diff(texts.offsets).tolist(), strict=True):
         count = counts[document.language, document.source]
         count.documents += 1
         count.tokens += length
-        count.text_bytes += len(document.text.encode())
+        count.text_bytes += size
     for (language, source), count in counts.items():
         tally.count(count, language=language, source=source)

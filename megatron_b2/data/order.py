@@ -5,7 +5,8 @@ Position p of a run is answered in two steps, each random-access and vectorised:
 1. `Blend.locate`: which source p draws from, and how many samples that source gave before (k).
 2. `permute`: sample k % N of the source's N, in the order of epoch k // N.
 
-Neither knows ranks or batch sizes, so the global order is the same under any layout.
+`phases.py` joins the two, also where sources and weights change during a run. Neither knows ranks or batch
+sizes, so the global order is the same under any layout.
 Design: our choice (DATA.md section 2.3); the report gives none.
 """
 
@@ -126,6 +127,19 @@ class Blend:
                 if chosen.any():
                     pending.append((child, rows[chosen], index[chosen]))
         return sources, counts
+
+    def counts(self, num: int) -> list[int]:
+        """How many of the first `num` positions each source has."""
+        counts = [0] * len(self.weights)
+        pending = [(self._root, num)]
+        while pending:
+            node, total = pending.pop()
+            if isinstance(node, int):
+                counts[node] = total
+                continue
+            left = int(node.left_count(np.array([total]))[0])
+            pending += [(node.left, left), (node.right, total - left)]
+        return counts
 
 
 def _round_weights(weights: Sequence[float]) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from typing import Literal
 from megatron_b2.data.encode import EncodeJob, Shard, encode_shard, finished_shard, part_prefix
 from megatron_b2.data.indexed import bin_path, idx_path, merge, token_dtype
 from megatron_b2.data.manifest import InputFile, Manifest, Tally, manifest_path, read_manifest, write_manifest
-from megatron_b2.data.shards import ScannedFile, plan_shards, scan_file, shard_bytes
+from megatron_b2.documents.shards import ScannedFile, plan_shards, scan_file, shard_bytes
 from megatron_b2.documents import expand_inputs
 from megatron_b2.errors import DataError, InputError
 from megatron_b2.files.atomic import sync_folder, write_json
@@ -51,6 +51,8 @@ class PreprocessResult:
     """Shards that an interrupted run had finished."""
     already_done: bool
     """The output existed, made from the same inputs, tokenizer and options."""
+    slow_because: str
+    """Why SentencePiece itself did the encoding; empty where the native encoder could."""
 
 
 def preprocess(
@@ -92,7 +94,9 @@ def preprocess(
         fingerprint = _fingerprint(files, model, job, target_bytes)
         done = _existing_output(output, fingerprint, job, overwrite=overwrite)
         if done is not None:
-            return PreprocessResult(manifest=done, num_shards=0, reused_shards=0, already_done=True)
+            return PreprocessResult(
+                manifest=done, num_shards=0, reused_shards=0, already_done=True, slow_because=model.slow_because
+            )
         with _parts_folder(job.parts, fingerprint):
             shards = [
                 Shard(i, pieces) for i, pieces in enumerate(plan_shards(files, target_bytes=target_bytes))
@@ -109,7 +113,11 @@ def preprocess(
             progress("join", 1, 1)
     shutil.rmtree(job.parts)
     return PreprocessResult(
-        manifest=manifest, num_shards=len(shards), reused_shards=reused, already_done=False
+        manifest=manifest,
+        num_shards=len(shards),
+        reused_shards=reused,
+        already_done=False,
+        slow_because=model.slow_because,
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
 import zstandard
 
 from megatron_b2.documents.document import Document, ReadReport
@@ -207,16 +208,27 @@ def _parse_lines(
 
 def _parse_line(raw: bytes, *, number: int, text_key: str, path: Path) -> Document:
     try:
-        record = json.loads(raw.rstrip(b"\r\n").decode())
+        record = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        record = _parse_json(raw, number)
+    if not isinstance(record, dict):
+        raise MalformedError(number, f"the record is {_kind(record)}, not an object")
+    if isinstance(record.get("id"), float):  # orjson makes floats of integers above 64 bits
+        record = _parse_json(raw, number)
+    return make_document(record, text_key=text_key, path=path, line=number)
+
+
+def _parse_json(raw: bytes, number: int) -> Any:
+    """The record by Python's own parser, which takes a little more than orjson (NaN, lone surrogates, integers
+    above 64 bits) and says what is wrong with the rest."""
+    try:
+        return json.loads(raw.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
         raise MalformedError(number, f"not valid UTF-8 at byte {error.start} of the line") from None
     except json.JSONDecodeError as error:
         raise MalformedError(number, f"not valid JSON at column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise MalformedError(number, f"not readable as JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise MalformedError(number, f"the record is {_kind(record)}, not an object")
-    return make_document(record, text_key=text_key, path=path, line=number)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

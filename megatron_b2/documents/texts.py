@@ -21,8 +21,10 @@ class Texts:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> Texts:
-        """From Python strings."""
-        return cls.of_arrow(pa.array(list(texts), type=pa.large_string()))
+        """From Python strings; raises UnicodeEncodeError for a lone surrogate."""
+        encoded = [b"", *(text.encode() for text in texts)]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum())
 
     @classmethod
     def of_arrow(cls, column: pa.Array | pa.ChunkedArray) -> Texts:

@@ -109,7 +109,7 @@ class DeepSpeedEngine(Engine):
 
     def _build(self, split: ModelSplit) -> nn.Module:
         train = self.config.train
-        ops = load_ops(self.op_choices, compiled=self.config.ops.compile)
+        ops = load_ops(self.op_choices, self.config.ops)
         if self.layout.pipeline > 1:
             return PipelinedModel(
                 self.config,

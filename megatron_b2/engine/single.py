@@ -47,7 +47,7 @@ class SingleEngine(Engine):
         super().__init__(config, comm=comm, device=device, layout=Layout())
         model = BaichuanModel(
             config.model,
-            ops=load_ops(self.op_choices, compiled=config.ops.compile),
+            ops=load_ops(self.op_choices, config.ops),
             recompute=config.train.recompute,
             recompute_layers=config.train.recompute_layers,
             dtype=DTYPES[config.train.precision],

@@ -20,7 +20,8 @@ from megatron_b2.layouts.memory import GIB, RankMemory, Recompute, rank_memory, 
 from megatron_b2.layouts.parameters import part_parameters
 from megatron_b2.layouts.ranks import span
 from megatron_b2.layouts.stages import rank_parts, run_schedule
-from megatron_b2.layouts.traffic import micro_batch_traffic, zero_traffic
+from megatron_b2.layouts.traffic import micro_batch_traffic
+from megatron_b2.layouts.zero_traffic import zero_traffic
 from megatron_b2.model.split import StageLayers
 from megatron_b2.parallel.layout import Layout
 from megatron_b2.pipeline.schedule import Schedule
@@ -133,7 +134,7 @@ class _Search:
         if parallel.hpz > 1 or parallel.quantized_weights or parallel.quantized_gradients:
             stages = (3,)
         for stage in stages:
-            plain = self.with_whole_parameters(self.candidate(stage, "none", (), 0))
+            plain = self.candidate(stage, "none", ())
             if plain.fits:
                 yield plain
             if plain.fits and plain.whole_parameters == (self.num_parameters if stage == 3 else 0):
@@ -146,11 +147,11 @@ class _Search:
         is lowest. What needs least memory if nothing fits."""
         numbers = [self.fewest(stage, kind, rank) for rank in range(self.layout.pipeline)]
         if stage < 3:
-            yield self.candidate(stage, kind, self.first_layers(numbers), 0)
+            yield self.candidate(stage, kind, self.first_layers(numbers))
             return
         layers = self.config.model.num_layers
         every = [
-            self.with_whole_parameters(self.candidate(stage, kind, self.first_layers([number]), 0))
+            self.candidate(stage, kind, self.first_layers([number]))
             for number in range(numbers[0], layers + 1)
         ]
         yield min(every, key=lambda item: (not item.fits, item.seconds))
@@ -164,10 +165,8 @@ class _Search:
                 return number
         return total
 
-    def with_whole_parameters(self, item: Candidate) -> Candidate:
-        """Under ZeRO-3, keep as many parameters whole as fit."""
-        if item.zero_stage != 3 or not item.fits:
-            return item
+    def most_whole(self, kind: Recompute, layers: Sequence[int]) -> int:
+        """Under ZeRO-3, elements of as many parameters as can be kept whole."""
         parts = self.parts[0]
         parameters = [
             p for part in parts for p in part_parameters(self.config.model, part, tensor=self.layout.tensor)
@@ -176,16 +175,17 @@ class _Search:
         low, high = 0, len(prefixes) - 1
         while low < high:
             middle = (low + high + 1) // 2
-            config = self.written(3, item.recompute, item.recompute_layers, prefixes[middle])
+            config = self.written(3, kind, layers, prefixes[middle])
             if self.memory(config, 0).total <= self.usable:
                 low = middle
             else:
                 high = middle - 1
-        return self.candidate(3, item.recompute, item.recompute_layers, prefixes[low])
+        return prefixes[low]
 
-    def candidate(self, stage: ZeroStage, kind: Recompute, layers: tuple[int, ...], whole: int) -> Candidate:
+    def candidate(self, stage: ZeroStage, kind: Recompute, layers: tuple[int, ...]) -> Candidate:
         """Memory and cost of one choice."""
         kind = kind if layers else "none"
+        whole = self.most_whole(kind, layers) if stage == 3 else 0
         config = self.written(stage, kind, layers, whole)
         memory = max(
             (self.memory(config, rank) for rank in range(self.layout.pipeline)), key=lambda m: m.total

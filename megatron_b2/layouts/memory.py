@@ -11,15 +11,18 @@ of one micro-batch on one context-parallel rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from types import MappingProxyType
 from typing import Final, Literal
 
+from megatron_b2.config.deepspeed_keys import zero_settings
 from megatron_b2.config.schema import RunConfig
-from megatron_b2.engine.deepspeed_config import BUCKET_ELEMENTS, kept_whole_limits
-from megatron_b2.layouts.parameters import LocalParameter, kept_whole, part_parameters
+from megatron_b2.layouts.backends import head_pass, planned_backend
+from megatron_b2.layouts.parameters import LocalParameter, part_parameters, zero_3_whole
 from megatron_b2.model.split import StageLayers
+from megatron_b2.ops.registry import Backend
 from megatron_b2.parallel.layout import Layout
 from megatron_b2.pipeline.schedule import Instruction
 
@@ -27,10 +30,13 @@ GIB: Final = 2**30
 RESERVED_SHARE: Final = 0.10
 """Of the device, for what is not counted: 8 of 80 GB, the constant that closes the gap between formula and
 measurement on BLOOM's published runs (SCALE.md 4.3)."""
-LIVE_ELEMENTS: Final = 1_000_000_000
-"""Parameters that ZeRO-3 keeps gathered (DeepSpeed's stage3_max_live_parameters)."""
-HEAD_CHUNK_BYTES: Final = 48 * 2**20
-"""fp32 logits in memory at once (ops/head_loss.py); a copy in the working precision comes with it."""
+HEAD_CHUNK_BYTES: Final[Mapping[Backend, int]] = MappingProxyType(
+    {"reference": 48 * 2**20, "triton": 64 * 2**20, "cuda": 64 * 2**20}
+)
+"""fp32 logits in memory at once of a head that keeps them (ops/head_loss.py, ops/triton/head_loss.py with
+ops.head_gradient = "forward", ops/cuda/head_loss.py); a copy in the working precision comes with it."""
+HEAD_ROWS: Final = 4096
+"""Vocabulary rows, at most, whose logits the Triton head makes again at once in the backward pass."""
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -104,6 +110,8 @@ def block_activations(config: RunConfig, layout: Layout, kind: Recompute) -> int
     if kind == "none":
         kept += f // t + _attention_copies(config, layout) * h // t
         rows += 4 * model.num_heads // t
+        if planned_backend(config.ops, "attention") == "cuda":  # it keeps the probabilities
+            kept += config.data.seq_len * model.num_heads // t
     return tokens.count * (tokens.width * kept + rows)
 
 
@@ -127,14 +135,17 @@ def context_method(config: RunConfig) -> Literal["ulysses", "ring"]:
 
 
 def part_activations(config: RunConfig, layout: Layout, part: StageLayers) -> int:
-    """Bytes that a virtual stage keeps of one micro-batch: its blocks; the head's input gradient, its norm's
-    input and the finished gradient of its weight."""
+    """Bytes that a virtual stage keeps of one micro-batch: its blocks and, of the head, its norm's input with
+    both finished gradients or what they are made of: its input, 16 bytes a token, the norms of its rows."""
     tokens, model = _Tokens(config, layout), config.model
     h, t, s = model.hidden_size, layout.tensor, tokens.shards
     total = sum(block_activations(config, layout, recompute_of(config, layer)) for layer in part.layers)
     if part.has_head:
         total += tokens.count * (tokens.width * (h + h // s) + 4 // s)
-        total += tokens.width * model.vocab_size * h // t
+        if head_pass(config.ops) == "forward":
+            total += tokens.width * model.vocab_size * h // t
+        else:
+            total += 16 * tokens.count + 4 * model.vocab_size // t
     return total
 
 
@@ -180,7 +191,7 @@ def rank_memory(
         gradients=gradients,
         optimizer=0 if offload else optimizer,
         activations=peak_activations(order, [part_activations(config, layout, part) for part in parts]),
-        working=_working(config, layout, parts) + _buckets(stage, size),
+        working=_working(config, layout, parts) + _buckets(config, size),
         host=optimizer if offload else 0,
     )
 
@@ -191,17 +202,19 @@ def _zero_stage(config: RunConfig) -> int:
 
 def _zero_3_elements(config: RunConfig, parameters: Sequence[LocalParameter], ranks: int) -> int:
     """Elements of parameters on a ZeRO-3 rank: partitions of all, whole ones, hpZ's copy, gathered ones."""
-    each, together = kept_whole_limits(config)
     size = sum(parameter.size for parameter in parameters)
-    whole = sum(parameter.size for parameter in kept_whole(parameters, each=each, together=together))
+    whole = sum(parameter.size for parameter in zero_3_whole(config, parameters))
     hpz = config.parallel.hpz
     second = ceil((size - whole) / hpz) if hpz > 1 else 0
-    return ceil(size / ranks) + whole + second + min(LIVE_ELEMENTS, size - whole)
+    live = int(zero_settings(config)["stage3_max_live_parameters"])
+    return ceil(size / ranks) + whole + second + min(live, size - whole)
 
 
-def _buckets(stage: int, size: int) -> int:
+def _buckets(config: RunConfig, size: int) -> int:
     """fp32 communication buckets: two of ZeRO-2 (one is filled while the other is reduced), else one."""
-    return 0 if stage == 0 else (8 if stage == 2 else 4) * min(BUCKET_ELEMENTS, size)
+    stage = _zero_stage(config)
+    elements = min(int(zero_settings(config)["reduce_bucket_size"]), size)
+    return 0 if stage == 0 else (8 if stage == 2 else 4) * elements
 
 
 def _working(config: RunConfig, layout: Layout, parts: Sequence[StageLayers]) -> int:
@@ -217,7 +230,19 @@ def _working(config: RunConfig, layout: Layout, parts: Sequence[StageLayers]) ->
         for kind in kinds or {"none"}
     )
     gradients = tokens.count * tokens.width * (2 * h + 3 * f // t)
-    head = 0
-    if any(part.has_head for part in parts):
-        head = 4 * model.vocab_size * h // t + HEAD_CHUNK_BYTES * (4 + tokens.width) // 4
+    head = _head_working(config, layout) if any(part.has_head for part in parts) else 0
     return max(again + gradients, head)
+
+
+def _head_working(config: RunConfig, layout: Layout) -> int:
+    """Logits of a chunk, and sums in fp32: of the weight's gradient where it is made in the forward pass;
+    else of the input's, beside both gradients."""
+    tokens, model = _Tokens(config, layout), config.model
+    h, width, rows = model.hidden_size, tokens.width, model.vocab_size // layout.tensor
+    backend = planned_backend(config.ops, "head_loss")
+    chunk = HEAD_CHUNK_BYTES[backend] * (4 + width) // 4
+    if head_pass(config.ops) == "forward":
+        return 4 * rows * h + chunk
+    if backend == "triton":
+        chunk = tokens.count * min(HEAD_ROWS, rows) * width
+    return chunk + tokens.count * h * (4 + width) + width * rows * h

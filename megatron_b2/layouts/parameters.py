@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from megatron_b2.config.schema import ModelConfig
+from megatron_b2.config.deepspeed_keys import zero_settings
+from megatron_b2.config.schema import ModelConfig, RunConfig
 from megatron_b2.model.sharding import Shape, shard_spec
 from megatron_b2.model.split import StageLayers
 
@@ -68,3 +69,10 @@ def kept_whole(
             kept.append(parameter)
             total += parameter.size
     return tuple(kept)
+
+
+def zero_3_whole(config: RunConfig, parameters: Sequence[LocalParameter]) -> tuple[LocalParameter, ...]:
+    """What ZeRO-3 does not partition of a rank's parameters in this run."""
+    settings = zero_settings(config)
+    each, together = (int(settings[f"stage3_{name}_persistence_threshold"]) for name in ("param", "model"))
+    return kept_whole(parameters, each=each, together=together)

@@ -10,16 +10,18 @@ from megatron_b2.config.checks import check
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.engine.deepspeed_config import deepspeed_json
 from megatron_b2.layouts.auto import AutoChoice, resolve_auto
+from megatron_b2.layouts.backends import describe_backends
 from megatron_b2.layouts.memory import RankMemory, rank_memory, usable_bytes
 from megatron_b2.layouts.ranks import GroupSummary, RankRow, group_summaries, rank_rows, span
 from megatron_b2.layouts.stages import part_flops, rank_parts, run_schedule, stage_durations
 from megatron_b2.layouts.traffic import (
     Traffic,
+    engine_traffic,
     micro_batch_traffic,
     pipeline_traffic,
     total_traffic,
-    zero_traffic,
 )
+from megatron_b2.layouts.zero_traffic import zero_traffic
 from megatron_b2.model.split import StageLayers
 from megatron_b2.parallel.layout import Layout
 from megatron_b2.pipeline.check import ScheduleReport, check_schedule
@@ -125,7 +127,8 @@ def step_traffic(
     num_micro = config.train.accumulation_steps(layout.data)
     model = [item.times(num_micro) for part in parts for item in micro_batch_traffic(config, layout, part)]
     sends = pipeline_traffic(config, layout, rank=rank, num_micro=num_micro)
-    return total_traffic([*model, *sends, *zero_traffic(config, layout, parts, num_micro=num_micro)])
+    zero = zero_traffic(config, layout, parts, num_micro=num_micro)
+    return total_traffic([*model, *sends, *zero, *engine_traffic(config, layout)])
 
 
 def _flops(config: RunConfig) -> dict[str, float]:
@@ -168,6 +171,7 @@ def report_json(report: LayoutReport) -> dict[str, Any]:
         "usable_bytes": report.usable,
         "fits": report.fits,
         "flops_per_token": dict(report.flops_per_token),
+        "operations": describe_backends(report.config.ops),
         "pipeline": _schedule_json(report.schedule),
         "auto": None if report.auto is None else _auto_json(report.auto),
         "deepspeed": report.deepspeed,

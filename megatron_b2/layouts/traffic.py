@@ -1,11 +1,11 @@
 """Collectives of a training step, counted by formula: how many calls and bytes on a rank, over which group.
 
-`micro_batch_traffic` is what the model's own code calls in one forward and backward of a virtual stage:
-exact, to be compared with a count on a fake process group. Pipeline sends are exact too. What DeepSpeed
-calls is counted in bytes; its number of calls depends on its buckets and is marked as not exact.
+Here are those of our own code: of the model for a micro-batch, of the pipeline and of the engine for a step.
+What DeepSpeed calls is in zero_traffic.py. tests/layouts/ compares all with the calls of real ranks, and
+those of the model with a rank of 1,024 on a fake process group.
 
-Bytes of a call are those of the whole tensor: what all-reduce sums, what all-gather makes, what
-reduce-scatter and all-to-all take, what a send carries.
+Calls on a group of one rank send nothing and are not counted. Bytes of a call are those of the whole tensor:
+what all-reduce sums, what all-gather makes, what reduce-scatter and all-to-all take, what a send carries.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Literal
+from typing import Final, Literal
 
 from megatron_b2.config.schema import RunConfig
-from megatron_b2.engine.deepspeed_config import BUCKET_ELEMENTS, kept_whole_limits
-from megatron_b2.layouts.memory import context_method, recompute_of
-from megatron_b2.layouts.parameters import kept_whole, part_parameters
+from megatron_b2.layouts.backends import head_pass, planned_backend
+from megatron_b2.layouts.memory import HEAD_CHUNK_BYTES, context_method, recompute_of
 from megatron_b2.model.split import StageLayers
 from megatron_b2.ops.head_loss import chunk_tokens
 from megatron_b2.parallel.layout import Layout
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
-Group = Literal["tp", "cp", "data_context", "hpz", "pp"]
+CHUNK_MULTIPLE: Final = 128
+"""Tokens of a chunk of the Triton head that keeps its products are a multiple of it."""
+
+Group = Literal["tp", "cp", "data_context", "hpz", "pp", "model", "world"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class Traffic:
     bytes: int
     """Of all calls together."""
     exact: bool = True
-    """Whether `count` is exact; `bytes` is, up to padding."""
+    """Whether `count` and `bytes` are those of the busiest rank, not an upper bound or a model."""
 
     @property
     def wire_bytes(self) -> int:
@@ -74,6 +76,17 @@ class _Sizes:
     def hidden_bytes(self) -> int:
         """An activation [T, h]."""
         return self.tokens * self.config.model.hidden_size * self.width
+
+    @property
+    def head_chunk(self) -> int:
+        """Tokens whose statistics the ranks of the head merge at once: a chunk where gradients are made in
+        the forward pass, else all."""
+        rows = self.config.model.vocab_size // self.layout.tensor
+        if head_pass(self.config.ops) == "backward":
+            return self.tokens
+        if planned_backend(self.config.ops, "head_loss") == "reference":
+            return chunk_tokens(rows)
+        return max(1, HEAD_CHUNK_BYTES["triton"] // (4 * rows) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
 
 
 def total_traffic(items: Sequence[Traffic]) -> list[Traffic]:
@@ -136,7 +149,7 @@ def _tensor_traffic(config: RunConfig, layout: Layout, part: StageLayers) -> Ite
         yield make("embedding and head", "all_reduce", ends, sizes.hidden_bytes)
         yield make("recomputed layers", "all_reduce", full, sizes.hidden_bytes)
     if part.has_head:
-        calls = ceil(sizes.tokens / chunk_tokens(config.model.vocab_size // layout.tensor))
+        calls = ceil(sizes.tokens / sizes.head_chunk)
         item = make("token statistics of the head", "all_gather", calls, 0)
         yield replace(item, bytes=layout.tensor * sizes.tokens * 4 * 4)
 
@@ -197,59 +210,18 @@ def pipeline_traffic(config: RunConfig, layout: Layout, *, rank: int, num_micro:
     ]
 
 
-def zero_traffic(
-    config: RunConfig, layout: Layout, parts: Sequence[StageLayers], *, num_micro: int
-) -> list[Traffic]:
-    """What DeepSpeed does over the ranks that share parameters, in a step (fp32 gradients)."""
-    if layout.data_context == 1:
+def engine_traffic(config: RunConfig, layout: Layout) -> list[Traffic]:
+    """What the engine and the training loop call once a step, a few bytes each (engine/, training/)."""
+    if config.parallel.engine != "deepspeed":
         return []
-    width = _Sizes(config, layout).width
-    parameters = [p for part in parts for p in part_parameters(config.model, part, tensor=layout.tensor)]
-    size = sum(parameter.size for parameter in parameters)
-    stage = config.parallel.zero_stage
-    if stage == 3:
-        each, together = kept_whole_limits(config)
-        whole = kept_whole(parameters, each=each, together=together)
-        sizes = (size, sum(parameter.size for parameter in whole), len(parameters) - len(whole))
-        return _zero_3_traffic(config, layout, sizes, width=width, num_micro=num_micro)
-    # ZeRO-2 reduces after every micro-batch; 0 and 1 once. DeepSpeed 0.19.8 reduces with all-reduce here.
-    times = num_micro if stage == 2 else 1
-    buckets = ceil(size / BUCKET_ELEMENTS)
-    found = [_data(layout, "gradients", "all_reduce", times * buckets, times * 4 * size)]
-    if stage:
-        found.append(_data(layout, "updated weights", "all_gather", buckets, width * size))
-    return found
-
-
-def _data(layout: Layout, purpose: str, operation: Operation, count: int, size: int) -> Traffic:
-    return Traffic(
-        purpose=purpose,
-        group="data_context",
-        size=layout.data_context,
-        operation=operation,
-        count=count,
-        bytes=size,
-        exact=False,
-    )
-
-
-def _zero_3_traffic(
-    config: RunConfig, layout: Layout, sizes: tuple[int, int, int], *, width: int, num_micro: int
-) -> list[Traffic]:
-    """`sizes`: elements of all parameters, of those kept whole, and the number of the partitioned ones."""
-    size, whole, tensors = sizes
-    parallel = config.parallel
-    partitioned = size - whole
-    gathered = partitioned * (1 if parallel.quantized_weights else width)
-    found = [_data(layout, "parameters, forward", "all_gather", num_micro * tensors, num_micro * gathered)]
-    backward = _data(layout, "parameters, backward", "all_gather", num_micro * tensors, num_micro * gathered)
-    if parallel.hpz > 1:
-        backward = replace(backward, group="hpz", size=parallel.hpz, bytes=num_micro * partitioned * width)
-    found.append(backward)
-    buckets = ceil(size / BUCKET_ELEMENTS)
-    operation: Operation = "all_to_all" if parallel.quantized_gradients else "reduce_scatter"
-    gradient = size // 2 if parallel.quantized_gradients else 4 * size
-    found.append(_data(layout, "gradients", operation, num_micro * buckets, num_micro * gradient))
-    if whole:
-        found.append(_data(layout, "whole parameters", "all_gather", 1, width * whole))
-    return found
+    sums = 2 * 8  # [targets, positions] or [ce, max_z] in fp64
+    calls: list[tuple[str, Group, int, int, int]] = [
+        ("targets, then losses", "data_context", layout.data_context, 2, 2 * sums),
+        ("losses", "pp", layout.pipeline, 1, sums),
+        ("finite check, stop signals", "world", layout.world_size, 2, 2 * 8),
+    ]
+    return [
+        Traffic(purpose=purpose, group=group, size=size, operation="all_reduce", count=count, bytes=total)
+        for purpose, group, size, count, total in calls
+        if size > 1
+    ]

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from megatron_b2.config.schema import OpsConfig
 from megatron_b2.ops.attention import causal_attention
 from megatron_b2.ops.context_attention import context_attention
 from megatron_b2.ops.head_loss import norm_head_loss
@@ -46,20 +47,22 @@ class Ops:
     swiglu: Callable[..., Any] = swiglu
 
 
-def load_ops(choices: Sequence[Choice], *, compiled: bool = False) -> Ops:
+def load_ops(choices: Sequence[Choice], config: OpsConfig) -> Ops:
     """Import what was chosen.
 
     Args:
         choices: of `registry.choose`.
-        compiled: wrap the references of `COMPILED` in torch.compile.
+        config: that they were chosen from. `compile` wraps the references of `COMPILED` in torch.compile.
     """
     found: dict[str, Callable[..., Any]] = {}
     for choice in choices:
         folder = "" if choice.backend == "reference" else f".{choice.backend}"
         for place in FUNCTIONS.get(choice.op, ()):
             module, name = place.split(".")
-            function = getattr(import_module(f"megatron_b2.ops{folder}.{module}"), name)
-            if compiled and choice.backend == "reference" and choice.op in COMPILED:
+            keeps = (choice.op, choice.backend, config.head_gradient) == ("head_loss", "triton", "forward")
+            variant = f"{name}_kept" if keeps else name
+            function = getattr(import_module(f"megatron_b2.ops{folder}.{module}"), variant)
+            if config.compile and choice.backend == "reference" and choice.op in COMPILED:
                 function = torch.compile(function, fullgraph=True)
             found[name] = function
     assert set(found) <= {field.name for field in fields(Ops)}

@@ -22,6 +22,8 @@ Shapes: B batch, S whole sequence, n ranks, H heads, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -146,17 +148,19 @@ def _ring(context: ContextParallel, documents: Documents | None, length: int) ->
     return Ring(tuple(documents.earliest[rank * length] // length for rank in range(context.size)))
 
 
-def _ulysses(
+def ulysses(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     context: ContextParallel,
     alibi_slopes: Tensor | None,
     documents: Documents | None,
-    kernel: AttentionKernel | None,
+    attention: Callable[..., Tensor],
 ) -> Tensor:
-    """q, k, v are this rank's [B, S/n, H, D]."""
-    assert context.group is not None
+    """`context_attention` by Ulysses; `attention`, over a whole sequence, is called as `causal_attention`."""
+    if context.group is None:
+        return attention(q, k, v, alibi_slopes=alibi_slopes, documents=documents)
     size, (_, length, num_heads, _) = context.size, q.shape
     assert num_heads % size == 0, f"{num_heads} heads do not divide by context {size}"
     heads = num_heads // size
@@ -166,23 +170,9 @@ def _ulysses(
     whole = by_positions.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).transpose(2, 3)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes[context.rank * heads : (context.rank + 1) * heads]
-    out = _alone(whole[0], whole[1], whole[2], alibi_slopes, documents, kernel)
+    out = attention(whole[0], whole[1], whole[2], alibi_slopes=alibi_slopes, documents=documents)
     pieces = exchange(out.unflatten(1, (size, length)).movedim(1, 0), context.group)
     return pieces.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-
-def _alone(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alibi_slopes: Tensor | None,
-    documents: Documents | None,
-    kernel: AttentionKernel | None,
-) -> Tensor:
-    """Attention over a whole sequence."""
-    if kernel is None:
-        return causal_attention(q, k, v, alibi_slopes=alibi_slopes, documents=documents)
-    return attend(q, k, v, alibi_slopes=alibi_slopes, documents=documents, kernel=kernel)
 
 
 def context_attention(
@@ -211,14 +201,21 @@ def context_attention(
     Returns:
         [B, S/n, H, D] in the dtype of q.
     """
-    if context.group is None:
-        return _alone(q, k, v, alibi_slopes, documents, kernel)
     assert documents is None or documents.starts.shape[1] == q.shape[1] * context.size, (
         f"documents describe {documents.starts.shape[1]} positions, "
         f"{context.size} shards of {q.shape[1]} make {q.shape[1] * context.size}"
     )
-    if context.method == "ulysses":
-        return _ulysses(q, k, v, context, alibi_slopes, documents, kernel)
+    if context.group is None or context.method == "ulysses":
+        attention = causal_attention if kernel is None else partial(attend, kernel=kernel)
+        return ulysses(
+            q,
+            k,
+            v,
+            context=context,
+            alibi_slopes=alibi_slopes,
+            documents=documents,
+            attention=attention,
+        )
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     pattern = Pattern(alibi_slopes, documents)
     out: Tensor = _RingAttention.apply(*heads_first, pattern, context, kernel or TorchTiles())

@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_b2.ops.head_common import Statistics, over_ranks, scalar
 from megatron_b2.ops.norm_head import EPS, inverse_row_norms
 from megatron_b2.parallel.tensor_parallel import TensorParallel
 
@@ -54,7 +54,7 @@ class _NormHeadLoss(torch.autograd.Function):
         tensor: TensorParallel,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        inverse_norms = inverse_row_norms(weight)
+        inverse_norms, first_id = inverse_row_norms(weight), tensor.rank * len(weight)
         ce = hidden.new_zeros((), dtype=torch.float32)
         max_z = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
@@ -64,17 +64,18 @@ class _NormHeadLoss(torch.autograd.Function):
         for start in range(0, len(hidden), size):
             x, label = hidden[start : start + size], labels[start : start + size]
             counted = label != IGNORE_INDEX
-            target = _Column.of(label - tensor.rank * len(weight), len(weight))
+            target = _Column.of(label - first_id, len(weight))
             probs = _logits(x, weight, buffer)
-            local = _softmax_(probs, inverse_norms, target)
-            whole = _merge(local, tensor, vocab_rows=len(weight))
-            ce += ((whole.lse - whole.target_logit) * counted).sum()
-            max_z += whole.top.square().sum()
+            local = _softmax_(probs, inverse_norms, target, first_id)
+            whole = over_ranks(local, tensor)
+            ce_part, max_z_part = whole.sums(counted)
+            ce += ce_part
+            max_z += max_z_part
             if grad_hidden is None or grad_weight is None:
                 continue
             # delta = ce_grad (p - 1_label) + z_grad 1_top: the two single columns are added as rows.
             ce_grad = counted * ce_scale
-            top = _Column.of(whole.top_index - tensor.rank * len(weight), len(weight))
+            top = _Column.of(whole.top_index - first_id, len(weight))
             prob_grad = (ce_grad * (local.lse - whole.lse).exp()).unsqueeze(1)
             columns = (
                 (target.row, target.column_grad(-ce_grad, inverse_norms)),
@@ -122,37 +123,6 @@ class _Column(NamedTuple):
         return (grad * inverse_norms[self.row] * self.is_here).unsqueeze(1)
 
 
-class _Statistics(NamedTuple):
-    """What a token's loss needs of its logits, fp32 [T] each."""
-
-    top: Tensor
-    top_index: Tensor
-    """int64; global vocabulary id, the lowest among ties."""
-    target_logit: Tensor
-    """0 on the ranks that do not hold the label."""
-    lse: Tensor
-
-
-def _merge(local: _Statistics, tensor: TensorParallel, *, vocab_rows: int) -> _Statistics:
-    """Statistics over all vocabulary shards: one all-gather of 16 bytes a token.
-
-    Merged in rank order, so that every rank has the same bits. Ids are below 2^24, exact in fp32.
-    """
-    if tensor.group is None:
-        return local
-    packed = torch.stack(
-        [local.top, local.top_index + tensor.rank * vocab_rows, local.target_logit, local.lse]
-    )
-    gathered = packed.new_empty(tensor.size * len(packed), packed.shape[1])
-    dist.all_gather_single(gathered, packed, group=tensor.group)
-    tops, top_indices, target_logits, lses = gathered.view(tensor.size, *packed.shape).unbind(1)
-    top, first = tops.max(dim=0)
-    top_index = top_indices.gather(0, first.unsqueeze(0)).squeeze(0).long()
-    highest = lses.amax(dim=0)
-    lse = highest + (lses - highest).exp().sum(dim=0).log()
-    return _Statistics(top, top_index, target_logits.sum(dim=0), lse)
-
-
 def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     """x W^T in the first rows of the fp32 buffer."""
     rows = buffer[: len(x)]
@@ -161,8 +131,9 @@ def _logits(x: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
     return rows.copy_(torch.matmul(x, weight.t()))
 
 
-def _softmax_(logits: Tensor, inverse_norms: Tensor, target: _Column) -> _Statistics:
-    """Turn raw products [T, V] into n_v p_v in place, a few cache-sized rows at a time."""
+def _softmax_(logits: Tensor, inverse_norms: Tensor, target: _Column, first_id: int) -> Statistics:
+    """Turn raw products [T, V] into n_v p_v in place, a few cache-sized rows at a time; `first_id` is the
+    vocabulary id of the first column."""
     parts = []
     rows = max(1, _CACHED_ELEMENTS // logits.shape[1])
     for block, wanted in zip(logits.split(rows), target.row.split(rows), strict=True):
@@ -170,11 +141,12 @@ def _softmax_(logits: Tensor, inverse_norms: Tensor, target: _Column) -> _Statis
         top, top_index = block.max(dim=1)
         target_logit = block.gather(1, wanted.unsqueeze(1)).squeeze(1)
         torch.softmax(block, dim=1, out=block)
-        lse = top - block.gather(1, top_index.unsqueeze(1)).squeeze(1).log()
+        total = block.gather(1, top_index.unsqueeze(1)).squeeze(1).reciprocal()  # of exp(z - top)
         block.mul_(inverse_norms)
-        parts.append((top, top_index, target_logit, lse))
-    top, top_index, target_logit, lse = (torch.cat(column) for column in zip(*parts, strict=True))
-    return _Statistics(top, top_index, target_logit * target.is_here, lse)
+        parts.append(torch.stack([top, total, top_index + first_id, target_logit], dim=1))
+    table = torch.cat(parts)
+    table[:, 3] *= target.is_here
+    return Statistics(table)
 
 
 def _accumulate(grad_weight: Tensor, scaled: Tensor, x: Tensor) -> None:
@@ -218,5 +190,5 @@ def norm_head_loss(
     Returns:
         `HeadLoss`; the gradient of `total` was computed together with it.
     """
-    scales = (torch.as_tensor(s, dtype=torch.float32, device=hidden.device) for s in (ce_scale, z_scale))
+    scales = (scalar(scale, hidden.device) for scale in (ce_scale, z_scale))
     return HeadLoss(*_NormHeadLoss.apply(hidden, weight, labels, *scales, tensor or TensorParallel()))

@@ -8,7 +8,7 @@ available is an error. The torch reference of an operation is its specification.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Final, Literal
@@ -17,13 +17,14 @@ import torch
 
 from megatron_b2.config.schema import OpsConfig
 from megatron_b2.errors import ConfigError
+from megatron_b2.ops.cuda import extension
 
 Backend = Literal["reference", "triton", "cuda"]
 
 BACKENDS: Final[Mapping[str, tuple[Backend, ...]]] = MappingProxyType(
     {
-        "attention": ("triton", "reference"),
-        "head_loss": ("triton", "reference"),
+        "attention": ("triton", "reference", "cuda"),
+        "head_loss": ("triton", "cuda", "reference"),
         "rms_norm": ("cuda", "triton", "reference"),
         "rope": ("triton", "reference"),
         "swiglu": ("cuda", "triton", "reference"),
@@ -31,7 +32,9 @@ BACKENDS: Final[Mapping[str, tuple[Backend, ...]]] = MappingProxyType(
     }
 )
 """Operation -> its backends, in the order in which `auto` prefers them. Fused kernels come before torch, and
-CUDA C++, which fits its threads to the width of a row, before Triton (our choice, not measured on a GPU)."""
+CUDA C++, which fits its threads to the width of a row, before Triton (our choice, not measured on a GPU). The
+head of CUDA C++ is not fused with its products and comes after Triton's. What stands behind the reference is
+taken only where ops.<operation> names it."""
 
 MAX_TRITON_HEAD_DIM: Final = 160
 """A wider head does not fit the shared memory of a tile."""
@@ -69,9 +72,8 @@ def unavailable(
         if not reason and op == "attention" and head_dim is not None and head_dim > MAX_TRITON_HEAD_DIM:
             reason = f"heads are {head_dim} wide, at most {MAX_TRITON_HEAD_DIM} fit"
         return reason
-    if find_spec("megatron_b2._cuda") is None:
-        return "megatron_b2._cuda was not built: install CUDA's nvcc and run `make setup` again"
-    return "" if device.type == "cuda" else f"needs a CUDA device, this is {device.type}"
+    needs = "" if device.type == "cuda" else f"needs a CUDA device, this is {device.type}"
+    return extension.missing() or needs
 
 
 def _triton_missing(device: torch.device) -> str:
@@ -99,21 +101,34 @@ def choose(
         reasons = {
             b: unavailable(op, b, device=device, head_dim=head_dim, offloaded=offloaded) for b in backends
         }
+        general = backends[: backends.index("reference") + 1]
         wanted, key = getattr(config, op), f"ops.{op}"
         if wanted == "default":
             wanted, key = config.backend, "ops.backend"
-            if wanted not in ("auto", *backends):
-                wanted, key = "auto", f"{key} = {wanted!r}, which it does not have"
+            if wanted not in ("auto", *general):
+                why = f"only ops.{op} can name" if wanted in backends else "it does not have"
+                wanted, key = "auto", f"{key} = {wanted!r}, which {why}"
         if wanted == "auto":
-            choices.append(_automatic(op, key, reasons))
-            continue
-        if reasons[wanted]:
-            usable = " or ".join(backend for backend, reason in reasons.items() if not reason)
-            problems.append(f'{key} = "{wanted}": {op} {reasons[wanted]}; use {usable}, or "auto"')
-        choices.append(Choice(op, wanted, key))
+            choice = _automatic(op, key, {backend: reasons[backend] for backend in general})
+        else:
+            choice = Choice(op, wanted, key)
+            if reasons[wanted]:
+                usable = " or ".join(backend for backend, reason in reasons.items() if not reason)
+                problems.append(f'{key} = "{wanted}": {op} {reasons[wanted]}; use {usable}, or "auto"')
+        if op == "head_loss":
+            made = f"; gradients made in the {gradient_pass(choice.backend, config)} pass"
+            choice = replace(choice, reason=choice.reason + made)
+        choices.append(choice)
     if problems:
         raise ConfigError(problems)
     return tuple(choices)
+
+
+def gradient_pass(backend: Backend, config: OpsConfig) -> Literal["forward", "backward"]:
+    """Pass in which a head makes its gradients: only that of Triton has both ways."""
+    if backend == "triton":
+        return config.head_gradient
+    return "forward" if backend == "reference" else "backward"
 
 
 def _automatic(op: str, key: str, reasons: Mapping[Backend, str]) -> Choice:

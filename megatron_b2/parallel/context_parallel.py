@@ -154,8 +154,8 @@ class Messages:
     """Messages between two ranks each that are posted together and run beside the work until `wait`.
 
     Between two ranks they must be given in the same order on both sides. On NCCL the group must have run a
-    collective before: a step need not involve all ranks, and communicators are made by all. `name` is what
-    breadcrumbs call the operation.
+    collective before (`ParallelGroups.create`): a step need not involve all ranks, and communicators are made
+    by all. `name` is what breadcrumbs call the operation.
     """
 
     def __init__(self, context: ContextParallel, name: str) -> None:

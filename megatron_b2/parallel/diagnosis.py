@@ -2,11 +2,13 @@
 
 A dead or silent rank is named at once. When all are alive and none moves, a rank waits for those that have
 not issued a collective that it has (every group counts its collectives) and for the peers of its
-point-to-point operation; the culprits are the ranks that others wait for and that wait for nobody.
+point-to-point operation; the culprits are the ranks that others wait for and that wait for nobody. If there
+are none, some wait in a circle: all of them are to blame, and the text says so.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -128,9 +130,11 @@ def summary(diagnosis: Diagnosis, states: Sequence[RankState]) -> str:
     hosts = {states[culprit.rank].host for culprit in culprits}
     if 1 < len(culprits) < size and len(hosts) == 1:
         lines.append(f"all {len(culprits)} of them are on {hosts.pop()}: suspect that host or its network")
-    if len(culprits) == size > 1 and culprits[0].fault == "stalled":
-        lines.append("no rank is behind the others: suspect the network, or calls in a different order")
     blamed = {culprit.rank for culprit in culprits}
+    if circle := _circle_text(diagnosis, blamed):
+        lines.append(circle)
+    elif len(culprits) == size > 1 and culprits[0].fault == "stalled":
+        lines.append("no rank is behind the others: suspect the network, or calls in a different order")
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for state in states:
         if state.rank not in blamed and state.fate in ("running", "failed"):
@@ -234,9 +238,35 @@ def _missing_peers(
 
 
 def _blocking(missing: Mapping[int, tuple[int, ...]]) -> set[int]:
-    """Ranks that are waited for and wait for nobody; all of a ring that waits for itself."""
+    """Ranks that are waited for and wait for nobody; where there are none, those that wait in a circle."""
     awaited = {rank for peers in missing.values() for rank in peers}
-    return awaited - set(missing) or awaited
+    return awaited - set(missing) or _circle(missing)
+
+
+def _circle(missing: Mapping[int, tuple[int, ...]]) -> set[int]:
+    """What is left when ranks for which nobody waits are taken away, again and again."""
+    waiting = Counter(peer for peers in missing.values() for peer in peers)
+    free = [rank for rank in missing if not waiting[rank]]
+    while free:
+        for peer in missing[free.pop()]:
+            waiting[peer] -= 1
+            if not waiting[peer]:
+                free.append(peer)
+    return {rank for rank in missing if waiting[rank]}
+
+
+def _circle_text(diagnosis: Diagnosis, blamed: Collection[int]) -> str:
+    """Who of the blamed waits for whom, if they all wait for each other; else empty."""
+    waits = {
+        rank: [peer for peer in diagnosis.missing.get(rank, ()) if peer in blamed] for rank in sorted(blamed)
+    }
+    is_stalled = all(culprit.fault == "stalled" for culprit in diagnosis.culprits)
+    if not (waits and is_stalled and all(waits.values())):
+        return ""
+    pairs = [f"rank {rank} for {name_ranks(peers)}" for rank, peers in waits.items()]
+    more = f" and {len(pairs) - MAX_NAMED} more" if len(pairs) > MAX_NAMED else ""
+    named = ", ".join(pairs[:MAX_NAMED]) + more
+    return f"waiting in a circle: {named}: calls in a different order, or a lost message"
 
 
 def _furthest_behind(states: Sequence[RankState]) -> set[int]:

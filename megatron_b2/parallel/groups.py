@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -32,7 +33,11 @@ class ParallelGroups:
 
     @classmethod
     def create(cls, layout: Layout, *, timeout: timedelta) -> ParallelGroups:
-        """Make the groups of `layout` on an initialised torch.distributed of the same size."""
+        """Make the groups of `layout` on an initialised torch.distributed of the same size, and connect them.
+
+        Collective: each group runs a first all-reduce, kind after kind. NCCL makes a group's communicator in
+        its first operation, which all ranks must join: a message between two of them may not be the first.
+        """
         rank = dist.get_rank()
 
         def make(kind: GroupKind) -> ProcessGroup:
@@ -43,7 +48,7 @@ class ParallelGroups:
             assert mine is not None
             return mine
 
-        return cls(
+        groups = cls(
             layout=layout,
             coordinates=layout.coordinates(rank),
             tp=make("tp") if layout.tensor > 1 else None,
@@ -53,3 +58,9 @@ class ParallelGroups:
             data_context=make("data_context"),
             model=make("model"),
         )
+        mine = (groups.tp, groups.cp, groups.pp, groups.pp_gradients, groups.data_context, groups.model)
+        for group in mine:
+            if group is not None:
+                device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
+        return groups

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from megatron_b2.documents.texts import Texts
 from megatron_b2.errors import TokenizerError
+from megatron_b2.tokenizer.fast_encoder import FastEncoder, control_ids, unsupported
 from megatron_b2.tokenizer.symbols import ASSISTANT_PIECE, BOS_ID, EOS_ID, UNK_ID, USER_PIECE
 
 MODEL_NAME = "tokenizer.model"
@@ -48,7 +53,7 @@ class Tokenizer:
         self.user_id = self.piece_id(USER_PIECE)
         self.assistant_id = self.piece_id(ASSISTANT_PIECE)
         self._space_mark_ids = self._byte_ids(SPACE_MARK)
-        self._silent = frozenset(i for i in range(self.vocab_size) if self._is_silent(i))
+        self._silent = frozenset(control_ids(model))
         self._check()
 
     def encode(
@@ -77,21 +82,23 @@ class Tokenizer:
             raise self._encode_error(plain, error) from None
         return [self._encode(text) if SPACE_MARK in text else next(encoded) for text in texts]
 
-    def encode_arrays(
-        self, texts: Sequence[str], *, eos: bool = False, threads: int = 1
-    ) -> list[NDArray[np.int32]]:
-        """`encode_batch` without Python integers in between: int32 [ids] of each text."""
-        plain = [text for text in texts if SPACE_MARK not in text]
-        try:
-            encoded = iter(
-                self._processor.encode(plain, add_eos=eos, num_threads=threads, return_type="numpy")
-            )
-        except (RuntimeError, UnicodeEncodeError) as error:
-            raise self._encode_error(plain, error) from None
-        return [
-            np.array(self.encode(text, eos=eos), dtype=np.int32) if SPACE_MARK in text else next(encoded)
-            for text in texts
-        ]
+    def encode_column(self, texts: Texts, *, eos: bool = False) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """`encode` of each of N texts: ids int32 [T] of all behind each other, and where those of each start,
+        int64 [N + 1].
+
+        By native code, or by SentencePiece where `slow_because` says why; the ids are the same. Bytes that are
+        not UTF-8 count as U+FFFD. Several threads may call at once.
+        """
+        if self._fast is not None:
+            return self._fast.encode(texts, last_id=EOS_ID if eos else -1)
+        encoded = [self._encode(text) + [EOS_ID] * eos for text in texts]
+        offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(encoded), np.int32, int(offsets[-1])), offsets
+
+    @cached_property
+    def slow_because(self) -> str:
+        """Why `encode_column` cannot use the native encoder for this model; empty when it does."""
+        return unsupported(self.model_bytes)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control ids (begin, end, unknown = padding) are left out, broken bytes give U+FFFD.
@@ -116,11 +123,14 @@ class Tokenizer:
         found = int(self._processor.piece_to_id(piece))
         return found if self._processor.id_to_piece(found) == piece else None
 
-    def _encode(self, text: str) -> list[int]:
+    @cached_property
+    def _fast(self) -> FastEncoder | None:
+        return None if self.slow_because else FastEncoder(self.model_bytes)
+
+    def _encode(self, text: str | bytes) -> list[int]:
+        mark: Any = SPACE_MARK if isinstance(text, str) else SPACE_MARK.encode()
         try:
-            if SPACE_MARK not in text:
-                return list(self._processor.encode(text))
-            first, *others = text.split(SPACE_MARK)
+            first, *others = text.split(mark)
             ids = list(self._processor.encode(first))
             for part in others:
                 ids += self._space_mark_ids
@@ -144,9 +154,6 @@ class Tokenizer:
         """Byte pieces of `text`; the empty list when the model has none."""
         ids = [self.piece_id(f"<0x{byte:02X}>") for byte in text.encode()]
         return [i for i in ids if i is not None]
-
-    def _is_silent(self, index: int) -> bool:
-        return bool(self._processor.is_control(index) or self._processor.is_unknown(index))
 
     def _check(self) -> None:
         found = (self._processor.unk_id(), self._processor.bos_id(), self._processor.eos_id())

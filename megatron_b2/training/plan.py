@@ -64,7 +64,7 @@ def plan_run(config: RunConfig, *, world_size: int) -> RunPlan:
         parameters=model.num_parameters,
         block_parameters=model.num_block_parameters,
         world_size=world_size,
-        micro_batches=train.global_batch_size // (train.micro_batch_size * world_size),
+        micro_batches=train.accumulation_steps(config.parallel.data_size(world_size)),
         tokens_per_step=config.tokens_per_step,
         total_tokens=config.tokens_per_step * train.steps,
         steps=train.steps,

@@ -7,10 +7,9 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_b2 import __version__
 from megatron_b2.config.encode import to_dict
@@ -28,6 +27,8 @@ FOLDER = "watchdog"
 GROUP_FACTOR = 2.0
 """An operation of a process group fails after this many limits of the watchdog, which so speaks first."""
 MAX_DIFFERENCES = 5
+COMPARED_PACKAGES = ("torch", "deepspeed", "triton")
+"""Their installed versions are compared among ranks."""
 
 
 class WatchCallback(Callback):
@@ -124,7 +125,18 @@ def _ranks_with(digest: str, digests: Sequence[str]) -> str:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Every setting by its dotted key, and the software."""
     settings: dict[str, Any] = {dotted(key): value for key, value in leaves(to_dict(config))}
-    return settings | {"version of megatron_b2": __version__, "version of torch": torch.__version__}
+    return settings | software()
+
+
+def software() -> dict[str, str]:
+    """Versions that all ranks must share, as they decide what is sent and computed."""
+    found = {"version of megatron_b2": __version__}
+    for name in COMPARED_PACKAGES:
+        try:
+            found[f"version of {name}"] = version(name)
+        except PackageNotFoundError:
+            found[f"version of {name}"] = "not installed"
+    return found
 
 
 def _differences(theirs: Mapping[str, Any], usual: Mapping[str, Any]) -> str:

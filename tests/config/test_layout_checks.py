@@ -83,6 +83,20 @@ CASES: dict[str, list[tuple[dict[str, Any], str]]] = {
             'context_method = "ulysses" needs: use "ring", or context = 1, 2, 5 or 10',
         ),
     ],
+    "stored_attention_needs_ulysses": [
+        (
+            {"ops.attention": "cuda", **parallel(context=2, context_method="ring")},
+            'ops.attention = "cuda" stores its probabilities, which the ring cannot merge, and '
+            'parallel.context_method = "ring" is the ring with parallel.context = 2: '
+            'use "ulysses", or another ops.attention',
+        ),
+        (
+            {"ops.attention": "cuda", **parallel(tensor=4, context=4)},
+            'ops.attention = "cuda" stores its probabilities, which the ring cannot merge, and '
+            'parallel.context_method = "auto" means the ring with parallel.context = 4: '
+            'use "ulysses" and context = 1, 2, 5 or 10, or another ops.attention',
+        ),
+    ],
     "pipeline_needs_zero_0_or_1": [
         (
             parallel(pipeline=2, zero_stage=2),
@@ -255,6 +269,8 @@ def test_world_rule(rule: str, changes: dict[str, Any], world_size: int, message
         (parallel(tensor=8, sequence_parallel=True), 1024),
         (parallel(tensor=4, context=2, context_method="ulysses"), 1024),
         (parallel(tensor=4, context=4, context_method="ring"), 1024),
+        ({"ops.attention": "cuda", **parallel(tensor=4, context=2)}, 1024),
+        ({"ops.attention": "cuda", **parallel(context_method="ring")}, 1024),
         (parallel(pipeline=8, zero_stage=1), 1024),
         (parallel(pipeline=4, tensor=8, zero_stage=1, schedule="zero_bubble"), 1024),
         (parallel(pipeline=4, virtual_stages=10, schedule="interleaved", zero_stage=1), 128),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from dataclasses import replace
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 
 from megatron_b2.config.schema import DataConfig, SourceConfig
 from megatron_b2.data.batch import Batch
-from megatron_b2.data.blended import BlendedDataset, split_bounds
+from megatron_b2.data.blended import BlendedDataset
 from megatron_b2.data.indexed import HEADER, MAGIC, IndexedDatasetBuilder, bin_path, idx_path
 from megatron_b2.data.loader import TrainLoader, eval_batches
 from megatron_b2.data.manifest import Manifest, Tally, write_manifest
+from megatron_b2.data.splits import Split, split_bounds
 from megatron_b2.errors import ConfigError, DataError
 
 
@@ -150,15 +152,36 @@ def test_split_bounds_cover_everything(num: int, shares: tuple[float, float, flo
     assert list(bounds) == sorted(bounds)
 
 
-def blend(tmp_path: Path) -> BlendedDataset:
+def blend_config(tmp_path: Path, split: tuple[float, float, float] = (1, 0, 0)) -> DataConfig:
     sources = (
         replace(write(tmp_path / "a", numbered(90)), weight=0.7),
         replace(write(tmp_path / "b", numbered(70, start=5_000), "uint16"), weight=0.2),
         replace(write(tmp_path / "c", numbered(50, start=9_000)), weight=0.1),
     )
-    return BlendedDataset.build(
-        DataConfig(sources=sources, seq_len=8, split=(1, 0, 0)), split="train", seed=11, vocab_size=20_000
-    )
+    return DataConfig(sources=sources, seq_len=8, split=split)
+
+
+def blend(tmp_path: Path) -> BlendedDataset:
+    return BlendedDataset.build(blend_config(tmp_path), split="train", seed=11, vocab_size=20_000)
+
+
+@pytest.mark.parametrize(
+    ("split", "fingerprint", "order"),
+    [
+        ("train", "6f6aaa7227920984", "005bdd52d58d7c96"),
+        ("valid", "92f996f6a1005779", "4fe6809ab6f2ebc8"),
+    ],
+)
+def test_runs_begun_before_there_were_phases_go_on(
+    tmp_path: Path, split: Split, fingerprint: str, order: str
+) -> None:
+    """Fingerprint and order as they were recorded with commit 5ab6563."""
+    dataset = BlendedDataset.build(blend_config(tmp_path, (0.8, 0.2, 0)), split=split, seed=11)
+    digest = hashlib.sha256()
+    for part in dataset.locate(np.arange(5_000)):
+        digest.update(part.astype("<i8").tobytes())
+    assert dataset.fingerprint.startswith(fingerprint)
+    assert digest.hexdigest().startswith(order)
 
 
 def test_blend_draws_by_weight_and_each_sample_once_an_epoch(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from megatron_b2.data.blended import BlendedDataset
 from megatron_b2.data.indexed import IndexedDataset
 from megatron_b2.data.manifest import Counts, read_manifest
 from megatron_b2.data.preprocess import preprocess
-from megatron_b2.data.shards import Piece, ScannedFile, plan_shards, scan_file
+from megatron_b2.documents.shards import Piece, ScannedFile, plan_shards, scan_file
 from megatron_b2.errors import DataError, InputError
 from megatron_b2.tokenizer import load_tokenizer
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import torch._dynamo  # noqa: F401  # these two are slow to import: once, before
 from torch import Tensor
 
 import megatron_b2.engine.deepspeed  # noqa: F401
+from megatron_b2 import __version__
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.errors import ConfigError
 from megatron_b2.model.mlp import MLP
 from megatron_b2.parallel.comm import ProcessGroupComm
 from megatron_b2.parallel.watchdog import EXIT_WATCHDOG, REPORT_FILE
 from megatron_b2.testing.fork import run_ranks
+from megatron_b2.training import watch
 from megatron_b2.training.events import Callback, Outcome, StepEvent
 from megatron_b2.training.watch import require_same_config
 from tests.dist.program import train
@@ -253,6 +256,42 @@ def test_every_deviating_group_is_named(tmp_path: Path) -> None:
     first, second = run_ranks(4, body)[2]
     assert "on rank 1 than on ranks 0, 2: train.seed = 5, not 1234;" in first
     assert "on rank 3 than on ranks 0, 2: name = 'other', not 'tiny', train.seed = 6, not 1234;" in second
+
+
+@pytest.mark.parametrize("name", ["torch", "deepspeed", "triton"])
+def test_a_rank_with_other_software(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    config = endless(tmp_path)
+    here = watch.version
+
+    def body() -> tuple[str, ...]:
+        comm = ProcessGroupComm()
+        other = {0: here(name), 1: "0.18.0", 2: here(name)}[comm.rank]
+        monkeypatch.setattr(watch, "version", lambda package: other if package == name else here(package))
+        with pytest.raises(ConfigError) as caught:
+            require_same_config(config, comm=comm)
+        return caught.value.problems
+
+    assert (
+        run_ranks(3, body, timeout=30)
+        == [
+            (
+                f"another configuration on rank 1 than on ranks 0, 2: version of {name} = '0.18.0', not "
+                f"{here(name)!r}; start all ranks with the same file, arguments and software",
+            )
+        ]
+        * 3
+    )
+
+
+def test_software_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(watch, "version", nothing)
+    assert watch.software() == {
+        "version of megatron_b2": __version__,
+        **{f"version of {name}": "not installed" for name in ("torch", "deepspeed", "triton")},
+    }
 
 
 def test_a_watched_run_completes_and_leaves_no_trace(tmp_path: Path) -> None:

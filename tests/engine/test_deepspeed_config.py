@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_b2.config import RunConfig, load_config
-from megatron_b2.engine.deepspeed_config import EXTRA_KEYS, OURS, SOURCES, TUNABLE, deepspeed_json
+from megatron_b2.config.deepspeed_keys import EXTRA_KEYS, OURS, SOURCES, TUNABLE
+from megatron_b2.engine.deepspeed_config import deepspeed_json
 from megatron_b2.errors import ConfigError
 
 

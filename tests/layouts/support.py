@@ -6,12 +6,9 @@ import gc
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, Literal
-from unittest.mock import patch
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_b2.config import RunConfig, load_config
-from megatron_b2.config.schema import ModelConfig
+from megatron_b2.config.schema import ModelConfig, OpsConfig
 from megatron_b2.engine.single import DTYPES
 from megatron_b2.layouts.memory import context_method
 from megatron_b2.model.model import BaichuanModel
 from megatron_b2.model.split import ModelSplit
+from megatron_b2.ops.bundle import load_ops
+from megatron_b2.ops.registry import choose
 from megatron_b2.parallel.context_parallel import ContextParallel
 from megatron_b2.parallel.groups import ParallelGroups
 from megatron_b2.parallel.layout import Layout
@@ -52,6 +51,7 @@ def small_config(
         model=shape,
         data=replace(config.data, seq_len=64),
         train=replace(config.train, recompute=recompute, micro_batch_size=2, global_batch_size=8),
+        ops=OpsConfig(backend="reference"),
         parallel=replace(config.parallel, engine="deepspeed", **parallel),
     )
 
@@ -68,8 +68,13 @@ def build(config: RunConfig) -> tuple[BaichuanModel, Layout]:
             tensor=TensorParallel(layout.tensor, place.tp, groups.tp, config.parallel.sequence_parallel),
             context=ContextParallel(layout.context, place.cp, groups.cp, context_method(config)),
         )
+    choices = choose(config.ops, device=torch.device("cpu"), head_dim=config.model.head_dim)
     model = BaichuanModel(
-        config.model, split=split, recompute=config.train.recompute, dtype=DTYPES[config.train.precision]
+        config.model,
+        split=split,
+        ops=load_ops(choices, config.ops),
+        recompute=config.train.recompute,
+        dtype=DTYPES[config.train.precision],
     )
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -84,7 +89,7 @@ def batch(config: RunConfig, layout: Layout) -> dict[str, torch.Tensor]:
     return {"x": ids, "labels": ids}
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Remembers every storage that operations make."""
 
     def __init__(self) -> None:
@@ -110,7 +115,7 @@ def live_bytes(config: RunConfig) -> int:
     """Bytes that are still alive between a forward and its backward, without the parameters."""
     model, layout = build(config)
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    with _Live() as live:
+    with Live() as live:
         loss = model(**batch(config, layout))
         gc.collect()
         sizes = [
@@ -120,42 +125,50 @@ def live_bytes(config: RunConfig) -> int:
     return min(sizes)
 
 
-@contextmanager
-def counted(found: Counter[tuple[str, str]]) -> Iterator[None]:
-    """Count calls and bytes of the collectives and sends of torch.distributed."""
+class Calls(TorchDispatchMode):
+    """Counts calls and bytes of everything that torch.distributed is asked for, whoever asks.
 
-    def wrap(name: str, label: str, measured: int) -> Any:
-        original = getattr(dist, name)
+    Every process group hands its operations to torch's dispatcher, which this stands in front of: nothing can
+    pass it by, and an operation it does not know is an error.
+    """
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            found[label, "count"] += 1
-            found[label, "bytes"] += args[measured].nbytes
-            return original(*args, **kwargs)
+    MEASURED: ClassVar[dict[str, tuple[str, int]]] = {
+        "allreduce_": ("all_reduce", 0),
+        "_allgather_base_": ("all_gather", 0),
+        "_reduce_scatter_base_": ("reduce_scatter", 1),
+        "alltoall_base_": ("all_to_all", 1),
+        "send": ("send", 0),
+    }
+    """Operation of c10d -> our name for it, and the argument whose bytes count."""
 
-        return patch.object(dist, name, call)
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[str, str, str]] = Counter()
+        """(name of the group, operation, "count" or "bytes")."""
 
-    def batch_p2p(operations: list[dist.P2POp]) -> Any:
-        for operation in operations:
-            if operation.op is dist.isend:
-                found["send", "count"] += 1
-                found["send", "bytes"] += operation.tensor.nbytes
-        return original_p2p(operations)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "c10d" and name != "recv_":
+            operation, measured = self.MEASURED[name]
+            group = next(
+                dist.ProcessGroup.unbox(item) for item in args if isinstance(item, torch.ScriptObject)
+            )
+            size = sum(tensor.nbytes for tensor in tree_leaves(args[measured]))
+            self.found[group.group_name, operation, "count"] += 1
+            self.found[group.group_name, operation, "bytes"] += size
+        return func(*args, **(kwargs or {}))
 
-    original_p2p = dist.batch_isend_irecv
-    with (
-        wrap("all_reduce", "all_reduce", 0),
-        wrap("all_gather_single", "all_gather", 0),
-        wrap("reduce_scatter_single", "reduce_scatter", 1),
-        wrap("all_to_all_single", "all_to_all", 1),
-        patch.object(dist, "batch_isend_irecv", batch_p2p),
-    ):
-        yield
+    def by_operation(self) -> dict[tuple[str, str], int]:
+        """Of all groups together."""
+        total: Counter[tuple[str, str]] = Counter()
+        for (_, operation, kind), value in self.found.items():
+            total[operation, kind] += value
+        return dict(total)
 
 
 def counted_step(config: RunConfig) -> dict[tuple[str, str], int]:
     """What one forward and backward of this rank calls."""
     model, layout = build(config)
-    found: Counter[tuple[str, str]] = Counter()
-    with counted(found):
+    with Calls() as calls:
         model(**batch(config, layout)).total.backward()
-    return dict(found)
+    return calls.by_operation()

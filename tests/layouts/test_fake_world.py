@@ -30,7 +30,7 @@ from megatron_b2.parallel.breadcrumbs import Breadcrumbs
 from megatron_b2.parallel.groups import ParallelGroups
 from megatron_b2.parallel.layout import Layout
 from megatron_b2.pipeline.partition import stage_layers
-from tests.layouts.support import counted, small_config
+from tests.layouts.support import Calls, small_config
 
 WORLD = 1_024
 Counts = dict[tuple[str, str], int]
@@ -96,13 +96,11 @@ def stage_calls(config: RunConfig, groups: ParallelGroups, part: StageLayers) ->
     ids = torch.ones(batch, length, dtype=torch.int64)
     shard = length // (split.tensor.size if split.tensor.sequence_parallel else 1)
     hidden = torch.ones(batch, shard, config.model.hidden_size, requires_grad=True)
-    forward: Counter[tuple[str, str]] = Counter()
-    backward: Counter[tuple[str, str]] = Counter()
-    with counted(forward):
+    with Calls() as forward:
         out = model(ids if part.has_embedding else hidden, ids)
-    with counted(backward):
+    with Calls() as backward:
         (out.total if isinstance(out, HeadLoss) else out.sum()).backward()
-    return dict(forward), dict(backward)
+    return forward.by_operation(), backward.by_operation()
 
 
 def busiest(config: RunConfig) -> int:

@@ -10,13 +10,8 @@ import pytest
 from megatron_b2.config import load_config
 from megatron_b2.layouts.report import step_traffic
 from megatron_b2.layouts.stages import rank_parts
-from megatron_b2.layouts.traffic import (
-    Traffic,
-    micro_batch_traffic,
-    pipeline_traffic,
-    total_traffic,
-    zero_traffic,
-)
+from megatron_b2.layouts.traffic import Traffic, micro_batch_traffic, pipeline_traffic, total_traffic
+from megatron_b2.layouts.zero_traffic import zero_traffic
 from megatron_b2.model.split import StageLayers
 from megatron_b2.parallel.layout import Layout
 from megatron_b2.testing.fork import run_ranks
@@ -108,11 +103,8 @@ def test_pipeline_sends() -> None:
     [
         (("--parallel.zero-stage=1",), {"all_reduce": 4.0, "all_gather": 2.0}),
         (("--parallel.zero-stage=2",), {"all_reduce": 4.0 * 16, "all_gather": 2.0}),
-        (("--parallel.zero-stage=3",), {"all_gather": 2 * 2.0 * 16, "reduce_scatter": 4.0 * 16}),
-        (
-            ("--parallel.zero-stage=3", "--parallel.quantized-weights", "--parallel.quantized-gradients"),
-            {"all_gather": 2 * 1.0 * 16, "all_to_all": 0.5 * 16},
-        ),
+        (("--parallel.zero-stage=3",), {"reduce_scatter": 4.0 * 16}),
+        (("--parallel.zero-stage=3", "--parallel.quantized-gradients"), {"all_to_all": 0.5 * 16}),
     ],
 )
 def test_bytes_a_parameter_and_step(overrides: tuple[str, ...], expected: dict[str, float]) -> None:
@@ -123,12 +115,35 @@ def test_bytes_a_parameter_and_step(overrides: tuple[str, ...], expected: dict[s
         assert found[operation, "bytes"] == pytest.approx(factor * config.model.num_parameters, rel=1e-4)
 
 
-def test_hpz_gathers_inside_its_group() -> None:
-    config = load_config("preset:baichuan2-13b", ["--parallel.zero-stage=3", "--parallel.hpz=8"]).config
+def gathered(*overrides: str, num_micro: int) -> dict[str, int]:
+    """Elements of parameters (two bytes each) that a step of 13B on 64 ranks gathers, by group."""
+    config = load_config("preset:baichuan2-13b", ["--parallel.zero-stage=3", *overrides]).config
     layout = Layout.of(config.parallel, world_size=64)
-    found = {item.purpose: item for item in zero_traffic(config, layout, rank_parts(config)[0], num_micro=1)}
-    assert (found["parameters, forward"].group, found["parameters, forward"].size) == ("data_context", 64)
-    assert (found["parameters, backward"].group, found["parameters, backward"].size) == ("hpz", 8)
+    total: Counter[str] = Counter()
+    for item in zero_traffic(config, layout, rank_parts(config)[0], num_micro=num_micro):
+        if item.purpose.startswith("parameters"):
+            total[item.group] += item.bytes // 2
+    return dict(total)
+
+
+def test_zero_3_gathers_every_parameter_at_most_twice_a_micro_batch() -> None:
+    """Once, but for what is still there from the end of the forward pass."""
+    partitioned = 13_896_668_160 - 81 * 5_120  # without the norms
+    (found,) = gathered(num_micro=16).values()
+    assert 2 * partitioned - 1_000_000_000 <= found // 16 < 2 * partitioned
+    everything = ("--deepspeed.zero-optimization.stage3-max-live-parameters", "20_000_000_000")
+    everything += ("--deepspeed.zero-optimization.stage3-max-reuse-distance", "40_000_000_000")
+    assert gathered(*everything, num_micro=16) == {"data_context": 16 * partitioned}
+    half = sum(gathered("--parallel.quantized-weights", num_micro=16).values())
+    assert half == found // 2
+
+
+def test_hpz_gathers_from_all_ranks_once_a_step() -> None:
+    """The copies in the node are of the weights since the last update: all later gathers take them."""
+    partitioned = 13_896_668_160 - 81 * 5_120
+    plain = gathered(num_micro=4)["data_context"]
+    found = gathered("--parallel.hpz=8", num_micro=4)
+    assert found == {"data_context": partitioned, "hpz": plain - partitioned}
 
 
 def test_ring_algorithms_send_less_than_twice_the_tensor() -> None:

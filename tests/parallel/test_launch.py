@@ -173,9 +173,7 @@ def test_ranks_meet_by_the_exported_variables() -> None:
 def test_another_group_already_open_is_an_error() -> None:
     def body() -> str:
         with pytest.raises(LaunchError, match="already initialised as rank 0 of 1") as caught:
-            initialize_distributed(
-                LaunchEnvironment.detect(TORCHRUN), timeout=datetime.timedelta(seconds=5)
-            )
+            initialize_distributed(LaunchEnvironment.detect(TORCHRUN), timeout=datetime.timedelta(seconds=5))
         return str(caught.value)
 
     assert "rank 11 of 16" in run_ranks(1, body)[0]

@@ -118,9 +118,56 @@ def test_who_is_missing_among_ranks_that_name_all_others_is_to_blame() -> None:
     assert blame(states)[:2] == ("stalled", [2])
 
 
+def told(states: list[RankState]) -> str:
+    return summary(diagnose(states, now=100.0, limits=Limits(10, 20)), states)
+
+
+def waiting_for(*peers: tuple[int, ...]) -> list[RankState]:
+    return [state(rank, crumb=Crumb(step=5, peers=them, patient=False)) for rank, them in enumerate(peers)]
+
+
 def test_a_ring_that_waits_for_itself_is_named_as_a_whole() -> None:
-    states = [state(rank, crumb=Crumb(step=5, peers=((rank + 1) % 4,), patient=False)) for rank in range(4)]
+    states = waiting_for((1,), (2,), (3,), (0,))
     assert blame(states)[:2] == ("stalled", [0, 1, 2, 3])
+    lines = told(states).splitlines()
+    assert lines[4:] == [
+        "waiting in a circle: rank 0 for rank 1, rank 1 for rank 2, rank 2 for rank 3, rank 3 for rank 0: "
+        "calls in a different order, or a lost message"
+    ]
+
+
+def test_who_only_waits_for_a_circle_is_not_in_it() -> None:
+    """3 waits for 2, and 2 for two ranks that wait for each other."""
+    states = waiting_for((1,), (0,), (0,), (2,))
+    assert blame(states)[:2] == ("stalled", [0, 1])
+    *_, circle, second, third = told(states).splitlines()
+    assert circle.startswith("waiting in a circle: rank 0 for rank 1, rank 1 for rank 0: ")
+    assert second == "rank 2: step 5, in 'starting', waiting for rank 0"
+    assert third == "rank 3: step 5, in 'starting', waiting for rank 2"
+
+
+def test_ranks_that_all_wait_for_all_others_are_a_circle() -> None:
+    states = waiting_for(*(tuple({0, 1, 2, 3} - {rank}) for rank in range(4)))
+    assert blame(states)[:2] == ("stalled", [0, 1, 2, 3])
+    assert "waiting in a circle: rank 0 for ranks 1-3, rank 1 for ranks 0, 2-3, " in told(states)
+
+
+def test_a_large_circle_is_told_briefly() -> None:
+    states = [
+        RankState(rank=rank, host="n", pid=rank, heard=100.0, moved=0.0, crumb=crumb)
+        for rank, crumb in enumerate(
+            Crumb(step=5, peers=((rank + 1) % 1_024,), patient=False) for rank in range(1_024)
+        )
+    ]
+    text = told(states)
+    assert ", rank 7 for rank 8 and 1016 more: " in text
+    assert len(text) < 1_500
+
+
+def test_ranks_without_a_reason_to_wait_are_no_circle() -> None:
+    text = told([state(rank, counts={"0": 8}) for rank in range(4)])
+    assert "circle" not in text
+    assert text.endswith("no rank is behind the others: suspect the network, or calls in a different order")
 
 
 def test_without_other_evidence_the_earlier_step_is_to_blame() -> None:

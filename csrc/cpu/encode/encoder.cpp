@@ -119,6 +119,7 @@ Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit
 
 // False when an unused piece came out.
 bool Encoder::encode_chunk(std::string_view chunk, const char* limit, Ids& out) {
+  if (chunk.size() <= short_.kMaxBytes) return encode_cached(chunk, limit, short_, out);
   if (chunk.size() <= words_.kMaxBytes) return encode_cached(chunk, limit, words_, out);
   if (chunk.size() <= phrases_.kMaxBytes) return encode_cached(chunk, limit, phrases_, out);
   return merger_.encode_chunk(chunk, out);

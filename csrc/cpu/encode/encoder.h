@@ -21,7 +21,7 @@ namespace b2::encode {
 class Encoder {
  public:
   // cache_bits: each of the two caches takes 2^cache_bits x 64 bytes.
-  Encoder(const Model& model, int cache_bits) : model_(model), merger_(model), words_(cache_bits), phrases_(cache_bits) {}
+  Encoder(const Model& model, int cache_bits) : model_(model), merger_(model), short_(cache_bits - 3), words_(cache_bits), phrases_(cache_bits) {}
 
   // Appends the ids of a text that lies in readable memory up to `limit`.
   //
@@ -40,6 +40,7 @@ class Encoder {
 
   const Model& model_;
   Merger merger_;
+  ChunkCache<1, 2, 4> short_;    // chunks of up to 6 bytes
   ChunkCache<2, 4, 2> words_;    // chunks of up to 14 bytes
   ChunkCache<5, 6, 1> phrases_;  // of up to 38
 };

@@ -12,7 +12,7 @@ namespace {
 constexpr std::int32_t kNever = std::numeric_limits<std::int32_t>::max();
 constexpr std::uint32_t kEnd = std::numeric_limits<std::uint32_t>::max();
 constexpr std::int32_t kUserDefined = ~static_cast<std::int32_t>(kMaxCode + 1);
-constexpr std::size_t kShort = 64;  // up to here a scan for the best pair is faster than a queue
+constexpr std::size_t kShort = 256;  // up to here a scan for the best pair is faster than a queue
 
 }  // namespace
 
@@ -79,17 +79,14 @@ void Merger::merge_short() {
   };
   for (std::size_t i = 0; i < count; ++i) find(i);
   while (count > 1) {
-    std::size_t best = 0;
-    for (std::size_t i = 1; i < count; ++i) {
-      if (ranks_[i] < ranks_[best]) best = i;
-    }
-    if (ranks_[best] == kNever) break;
+    std::int32_t least = kNever;
+    for (std::size_t i = 0; i < count; ++i) least = std::min(least, ranks_[i]);
+    const auto best = static_cast<std::size_t>(std::find(ranks_.begin(), ranks_.end(), least) - ranks_.begin());
+    if (least == kNever) break;
     symbols_[best] = joined_[best];
     --count;
-    for (std::size_t i = best + 1; i < count; ++i) {
-      symbols_[i] = symbols_[i + 1];
-      ranks_[i] = ranks_[i + 1];
-      joined_[i] = joined_[i + 1];
+    for (auto* values : {&symbols_, &ranks_, &joined_}) {
+      std::copy(values->begin() + best + 2, values->begin() + count + 1, values->begin() + best + 1);
     }
     if (best > 0) find(best - 1);
     find(best);

@@ -25,7 +25,7 @@ namespace {
 using Signatures = py::array_t<std::uint32_t, py::array::c_style>;
 using Hashes = py::array_t<std::uint64_t, py::array::c_style>;
 
-constexpr std::size_t kLanes = 32;  // permutations at a time: what the registers of AVX2 hold
+constexpr std::size_t kLanes = 32;  // permutations at a time: what the vector registers hold
 constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
 
 class Permutations {
@@ -48,10 +48,12 @@ class Permutations {
   std::vector<std::uint32_t> add_;
 };
 
-// out[p] = min over shingles of permutation p, for all p. Compiled twice: the arithmetic is that of integers, so every
-// machine gives the same.
-__attribute__((always_inline)) inline void minima(const std::vector<std::uint64_t>& shingles, const Permutations& permutations,
-                                                  std::uint32_t* out) {
+using Minima = void (*)(const std::vector<std::uint64_t>&, const Permutations&, std::uint32_t*);
+
+// out[p] = min over shingles of permutation p, for all p. Compiled twice, for AVX2 and without; the arithmetic is that
+// of integers, so both give the same.
+__attribute__((always_inline)) inline void minima(const std::vector<std::uint64_t>& shingles,
+                                                  const Permutations& permutations, std::uint32_t* out) {
   for (std::size_t p = 0; p < permutations.padded(); p += kLanes) {
     std::uint32_t multiply[kLanes];
     std::uint32_t add[kLanes];
@@ -80,10 +82,10 @@ __attribute__((target("avx2"))) void minima_avx2(const std::vector<std::uint64_t
                                                  const Permutations& permutations, std::uint32_t* out) {
   minima(shingles, permutations, out);
 }
-bool has_avx2() { return __builtin_cpu_supports("avx2"); }
+
+Minima fastest_minima() { return __builtin_cpu_supports("avx2") ? minima_avx2 : minima_portable; }
 #else
-constexpr auto minima_avx2 = minima_portable;
-bool has_avx2() { return false; }
+Minima fastest_minima() { return minima_portable; }
 #endif
 
 Signatures minhash_signatures(const b2::Bytes& data, const b2::Offsets& offsets, std::int64_t length,
@@ -97,7 +99,7 @@ Signatures minhash_signatures(const b2::Bytes& data, const b2::Offsets& offsets,
   std::uint32_t* out = signatures.mutable_data();
   py::gil_scoped_release release;
   const Permutations all(static_cast<std::size_t>(permutations), seed);
-  const auto minima_of = has_avx2() && !portable ? minima_avx2 : minima_portable;
+  const Minima minima_of = portable ? minima_portable : fastest_minima();
   b2::text::Shingler shingler(static_cast<std::size_t>(length));
   std::vector<std::uint32_t> padded(all.padded());
   for (std::int64_t i = 0; i < texts.size(); ++i) {
@@ -114,7 +116,7 @@ Hashes band_hashes(const Signatures& signatures, std::int64_t bands, std::int64_
   }
   const std::int64_t documents = signatures.shape(0);
   const std::int64_t stride = signatures.shape(1);
-  Hashes hashes({documents, bands});
+  Hashes hashes({bands, documents});
   const std::uint32_t* signature = signatures.data();
   std::uint64_t* out = hashes.mutable_data();
   py::gil_scoped_release release;
@@ -124,7 +126,7 @@ Hashes band_hashes(const Signatures& signatures, std::int64_t bands, std::int64_
       for (std::int64_t row = 0; row < rows; ++row) {
         hash = b2::text::avalanche(hash + signature[band * rows + row] * 0x9E3779B97F4A7C15);
       }
-      *out++ = hash;
+      out[band * documents + i] = hash;
     }
   }
   return hashes;
@@ -139,5 +141,5 @@ void bind_minhash(py::module_& m) {
         "has 0xFFFFFFFF everywhere. `portable` leaves AVX2 unused; the result is the same. Releases the GIL.");
   m.def("band_hashes", &band_hashes, py::arg("signatures").noconvert(), py::kw_only(), py::arg("bands"),
         py::arg("rows"),
-        "Hashes uint64 [N, bands] of signatures[:, band * rows : (band + 1) * rows]. Releases the GIL.");
+        "Hashes uint64 [bands, N] of signatures[:, band * rows : (band + 1) * rows]. Releases the GIL.");
 }

@@ -123,6 +123,7 @@ class RepeatedNgrams {
   void number_words(Numbering& numbering) {
     numbering.reset(words_.size());
     groups_.clear();
+    top_count_ = 0;
     places_.resize(words_.size());
     group_.resize(words_.size());
     for (std::uint32_t i = 0; i < words_.size(); ++i) {
@@ -136,7 +137,7 @@ class RepeatedNgrams {
     if (group == groups_.size()) {
       groups_.push_back({place, 0});
     }
-    ++groups_[group].count;
+    top_count_ = std::max(top_count_, ++groups_[group].count);
     return group;
   }
 
@@ -144,6 +145,7 @@ class RepeatedNgrams {
   std::uint64_t extend(Numbering& numbering, std::uint32_t n) {
     numbering.reset(places_.size());
     groups_.clear();
+    top_count_ = 0;
     std::size_t kept = 0;
     std::uint64_t repeated = 0;
     std::uint32_t counted = 0;  // words up to here are in `repeated` or not repeated
@@ -165,16 +167,16 @@ class RepeatedNgrams {
   }
 
   std::uint64_t in_top(std::uint32_t n) const {
-    Group top{0, 1};
-    std::uint32_t group = 0;
-    for (std::uint32_t g = 0; g < groups_.size(); ++g) {
-      const std::uint32_t count = groups_[g].count;
-      if (count > top.count || (count > 1 && count == top.count && characters(groups_[g], n) > characters(top, n))) {
-        top = groups_[group = g];
-      }
-    }
-    if (top.count == 1) {
+    if (top_count_ < 2) {
       return 0;
+    }
+    std::uint32_t group = 0;
+    std::uint64_t longest = 0;
+    for (std::uint32_t g = 0; g < groups_.size(); ++g) {
+      if (groups_[g].count == top_count_ && characters(groups_[g], n) > longest) {
+        longest = characters(groups_[g], n);
+        group = g;
+      }
     }
     std::uint64_t covered = 0;
     std::uint32_t counted = 0;
@@ -202,6 +204,7 @@ class RepeatedNgrams {
   std::vector<std::uint32_t> places_;   // words at which an n-gram in work starts, ascending
   std::vector<std::uint32_t> group_;    // of the n-gram at each such word
   std::vector<Group> groups_;
+  std::uint32_t top_count_ = 0;  // of the largest group
 };
 
 }  // namespace b2::text

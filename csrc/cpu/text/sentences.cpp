@@ -213,6 +213,7 @@ class Splitter {
     }
     next = stop;
     wide = wide || ellipses >= 2 || dots >= 6;  // …… and ...... are Chinese
+    const bool is_period = !wide && !strong && dots == 1 && ellipses == 0;
     const char* closed = after_closers(stop);
     const WhiteSpace space = white_space(closed);
     const char* word = space.end;
@@ -220,7 +221,7 @@ class Splitter {
       return closed;
     }
     if (word == closed) {
-      return ends_unspaced(position, at(closed), wide) ? closed : nullptr;
+      return ends_unspaced(position, at(closed), wide, is_period || strong) ? closed : nullptr;
     }
     if (wide) {
       return goes_on(at(word)) ? nullptr : closed;
@@ -232,16 +233,16 @@ class Splitter {
     if (is_small(first)) {
       return strong && closed == stop ? closed : nullptr;
     }
-    const bool is_period = dots == 1 && ellipses == 0 && !strong;
     return goes_on(first) || (is_period && is_abbreviation(position, first)) ? nullptr : closed;
   }
 
-  bool ends_unspaced(const char* position, char32_t follower, bool wide) const {
+  // Without white space behind it: 。 ends a sentence, and between Chinese characters also . ! ? but not … or ...
+  bool ends_unspaced(const char* position, char32_t follower, bool wide, bool narrow) const {
     if (wide) {
       const bool is_decimal = at(position) == U'．' && kind(before(position)) == Kind::Digit && kind(follower) == Kind::Digit;
       return !goes_on(follower) && !is_decimal;
     }
-    return is_han_or_kana(before(position)) && (is_han_or_kana(follower) || is_opener(follower));
+    return narrow && is_han_or_kana(before(position)) && (is_han_or_kana(follower) || is_opener(follower));
   }
 
   const char* after_closers(const char* position) const {

@@ -136,7 +136,7 @@ namespace {
 // Where a part stands in the corpus: the index of its document << 24 | its index in the document. The order of places
 // is the order of the corpus.
 constexpr int kPositionBits = 24;
-constexpr std::int64_t kMaxPositions = std::int64_t{1} << kPositionBits;
+constexpr std::uint64_t kMaxPositions = std::uint64_t{1} << kPositionBits;
 constexpr std::int64_t kMaxDocuments = std::int64_t{1} << 40;
 
 struct Record {
@@ -249,8 +249,17 @@ py::array_t<std::uint64_t> hash_texts(const Bytes& bytes, const Offsets& offsets
 }
 
 struct Limits {
-  std::int64_t paragraph_bytes, run_length, run_bytes, sentence_bytes;
+  std::int64_t paragraph_bytes;
+  std::size_t run_length;
+  std::int64_t run_bytes, sentence_bytes;
 };
+
+std::size_t checked_run_length(std::int64_t run_length) {
+  if (run_length < 0) {
+    throw std::invalid_argument("run_length " + std::to_string(run_length) + " is negative");
+  }
+  return static_cast<std::size_t>(run_length);
+}
 
 // The records of one document after another.
 class Recorder {
@@ -301,16 +310,15 @@ class Recorder {
 
   // Runs of `run_length` sentences; the hash of a run is the hash of its sentences' hashes.
   void add_runs(std::uint64_t document) {
-    const auto length = static_cast<std::size_t>(limits_.run_length);
+    const std::size_t length = limits_.run_length;
     if (length == 0) {
       return;
     }
     for (std::size_t i = 0; i + length <= hashes_.size(); ++i) {
-      const std::string_view run = std::string_view(folded_).substr(ends_[i], ends_[i + length] - ends_[i]);
-      if (static_cast<std::int64_t>(run.size()) >= limits_.run_bytes) {
-        const Hash128 hash =
-            murmur3({reinterpret_cast<const char*>(hashes_.data() + i), length * sizeof(Hash128)});
-        add_if(run, limits_.run_bytes, hash, document, i, runs);
+      const std::size_t bytes = ends_[i + length] - ends_[i];
+      if (static_cast<std::int64_t>(bytes) >= limits_.run_bytes && i < kMaxPositions) {
+        const Hash128 hash = murmur3({reinterpret_cast<const char*>(hashes_.data() + i), length * sizeof(Hash128)});
+        runs.push_back({hash.high, hash.low, document | i});
       }
     }
   }
@@ -345,7 +353,7 @@ py::tuple record_spans(const Bytes& bytes, const Offsets& offsets, const Offsets
                        std::int64_t sentence_bytes) {
   const Texts texts(bytes, offsets);
   const std::int64_t* const document = checked_documents(texts, documents);
-  Recorder recorder({paragraph_bytes, run_length, run_bytes, sentence_bytes});
+  Recorder recorder({paragraph_bytes, checked_run_length(run_length), run_bytes, sentence_bytes});
   {
     py::gil_scoped_release release;
     for (std::int64_t i = 0; i < texts.size(); ++i) {
@@ -488,11 +496,7 @@ py::tuple find_cuts(const Bytes& bytes, const Offsets& offsets, const Offsets& d
                     const Places& runs, const Places& sentences, std::int64_t run_length) {
   const Texts texts(bytes, offsets);
   const std::int64_t* const document = checked_documents(texts, documents);
-  if (run_length < 0) {
-    throw std::invalid_argument("run_length " + std::to_string(run_length) + " is negative");
-  }
-  Cutter cutter(PlaceCursor(paragraphs), PlaceCursor(runs), PlaceCursor(sentences),
-                static_cast<std::size_t>(run_length));
+  Cutter cutter(PlaceCursor(paragraphs), PlaceCursor(runs), PlaceCursor(sentences), checked_run_length(run_length));
   std::vector<std::int64_t> firsts{0};
   {
     py::gil_scoped_release release;

@@ -97,16 +97,17 @@ class WordReader {
     const Block block = classify();
     const char* base = p_;
     p_ += block.size;
-    for (std::uint64_t word = block.word; word;) {
-      const auto begin = static_cast<unsigned>(__builtin_ctzll(word));
-      const std::uint64_t behind = ~(word >> begin);
-      const unsigned size = behind ? static_cast<unsigned>(__builtin_ctzll(behind)) : kBlock;
-      if (begin + size == block.size) {
+    // Bits where a word begins and where it has ended, in turns.
+    for (std::uint64_t edges = block.word ^ block.word << 1; edges;) {
+      const auto begin = static_cast<unsigned>(__builtin_ctzll(edges));
+      edges &= edges - 1;
+      const unsigned end = edges ? static_cast<unsigned>(__builtin_ctzll(edges)) : kBlock;
+      edges &= edges - 1;
+      if (end == block.size) {
         last_word(base + begin);
         return;
       }
-      visitor_.ascii({base + begin, size}, end_);
-      word &= ~std::uint64_t{0} << (begin + size);
+      visitor_.ascii({base + begin, end - begin}, end_);
     }
   }
 

@@ -115,7 +115,8 @@ def train_hashed(
             "dimensions; give more documents or a smaller dimension"
         )
     idf = np.where(kept, np.log((1 + documents) / (1 + frequency)) + 1, 0).astype(np.float32)
-    basis = _right_singular_vectors(_weighted(counts, idf), width, options)
+    values, vectors = _right_singular_vectors(_weighted(counts, idf), width, options)
+    basis = vectors / values  # whitening: no few directions, such as those of style, decide the cosine
     arrays = {"idf": idf, "basis": basis}
     everything = {**(facts or {}), "options": asdict(options), "documents": documents}
     write_model(path, kind=KIND, version=VERSION, arrays=arrays, facts=everything)
@@ -258,19 +259,25 @@ def _weighted(counts: _Sparse, idf: np.ndarray) -> _Sparse:
     return _Sparse(counts.starts, counts.columns, (values / lengths).astype(np.float32))
 
 
-def _right_singular_vectors(matrix: _Sparse, width: int, options: HashedOptions) -> np.ndarray:
-    """The leading right singular vectors [width, dimension] of `matrix`, signs fixed; float32."""
+def _right_singular_vectors(
+    matrix: _Sparse, width: int, options: HashedOptions
+) -> tuple[np.ndarray, np.ndarray]:
+    """The leading singular values [dimension] of `matrix` and its right singular vectors [width,
+    dimension]; signs fixed, float32. Only the short side is made orthogonal in each power iteration: the
+    long one is costly."""
     rank = min(options.dimension + OVERSAMPLING, len(matrix.starts) - 1)
     draw = np.random.default_rng(options.seed).standard_normal((width, rank)).astype(np.float32)
-    range_basis = np.linalg.qr(matrix.times(draw))[0]
-    for _ in range(POWER_ITERATIONS):
-        across = np.linalg.qr(matrix.transposed_times(range_basis, width))[0]
-        range_basis = np.linalg.qr(matrix.times(np.ascontiguousarray(across)))[0]
-    projected = matrix.transposed_times(np.ascontiguousarray(range_basis), width)
-    vectors = np.linalg.svd(projected, full_matrices=False)[0][:, : options.dimension]
+    across = draw
+    for _ in range(POWER_ITERATIONS + 1):
+        basis = np.linalg.qr(matrix.times(across))[0]
+        across = matrix.transposed_times(np.ascontiguousarray(basis), width)
+    squares, turn = np.linalg.eigh((across.T @ across).astype(np.float64))  # ascending
+    chosen = slice(-1, -options.dimension - 1, -1)
+    values = np.sqrt(np.maximum(squares[chosen], MIN_NORM))
+    vectors = across @ (turn[:, chosen] / values).astype(np.float32)
     largest = np.abs(vectors).argmax(axis=0)
     signs = np.sign(vectors[largest, np.arange(vectors.shape[1])])
-    return np.ascontiguousarray(vectors * np.where(signs == 0, 1, signs), np.float32)
+    return values.astype(np.float32), np.ascontiguousarray(vectors * np.where(signs == 0, 1, signs))
 
 
 def _concatenated(parts: list[_Sparse]) -> _Sparse:

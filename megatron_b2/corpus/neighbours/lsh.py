@@ -56,11 +56,10 @@ def records(
     if not 1 <= ranges <= _MAX_RANGES:
         raise ConfigError(f"ranges = {ranges}: must be from 1 to {_MAX_RANGES:,}")
     rows = np.flatnonzero((signatures != NO_HASH).any(axis=1))
-    hashes = _cpu.band_hashes(signatures, bands=settings.bands, rows=settings.rows)[rows]
     documents = rows + first_document
     tables = []
-    for band in range(settings.bands):
-        column = np.ascontiguousarray(hashes[:, band])
+    for hashes in _cpu.band_hashes(signatures, bands=settings.bands, rows=settings.rows):
+        column = hashes[rows]
         prefix = ((column >> np.uint64(48)) * np.uint64(ranges) >> np.uint64(16)).astype(np.uint16)
         order = np.argsort(prefix, kind="stable")
         bounds = np.searchsorted(prefix[order], np.arange(ranges + 1))

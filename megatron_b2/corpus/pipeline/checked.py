@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,14 +109,17 @@ def _write(path: Path, buffers: Sequence[pa.Buffer], manifest: Manifest) -> None
         beside.write((json.dumps(asdict(manifest), ensure_ascii=False) + "\n").encode())
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A table, all or some columns, after its bytes were compared with the manifest.
+def read_table(path: Path, columns: Sequence[str] | Callable[[str], bool] | None = None) -> pa.Table:
+    """A table, all columns, those named, or those for whose name a function says so, after its bytes were
+    compared with the manifest.
 
     Raises:
         DamagedFileError: if they differ.
     """
     manifest = _required(path)
     data = _verified(path, 0, manifest.bytes, manifest.sha256)
+    if callable(columns):
+        columns = [name for name in pq.read_schema(pa.BufferReader(data)).names if columns(name)]
     return pq.read_table(pa.BufferReader(data), columns=columns)
 
 

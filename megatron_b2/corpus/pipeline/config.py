@@ -17,7 +17,9 @@ from megatron_b2.corpus.pipeline.extract import Input
 from megatron_b2.corpus.pipeline.local import LocalExecutor
 from megatron_b2.corpus.pipeline.stage import Stage
 from megatron_b2.corpus.pipeline.tasks import Limits
+from megatron_b2.corpus.stages.cluster import Cluster
 from megatron_b2.corpus.stages.decontaminate import Decontaminate
+from megatron_b2.corpus.stages.embed import Embed
 from megatron_b2.corpus.stages.heuristics import Heuristics
 from megatron_b2.corpus.stages.language import Language
 from megatron_b2.corpus.stages.minhash import MinHash
@@ -38,6 +40,8 @@ StageName = Literal[
     "sentence",
     "paragraph",
     "minhash",
+    "embed",
+    "cluster",
     "safety",
     "decontaminate",
     "pii",
@@ -76,6 +80,8 @@ class PipelineConfig:
     sentence: Sentence = field(default_factory=Sentence)
     paragraph: Paragraph = field(default_factory=Paragraph)
     minhash: MinHash = field(default_factory=MinHash)
+    embed: Embed = field(default_factory=Embed)
+    cluster: Cluster = field(default_factory=Cluster)
     safety: Safety = field(default_factory=Safety)
     decontaminate: Decontaminate = field(default_factory=Decontaminate)
     pii: Pii = field(default_factory=Pii)

@@ -34,6 +34,11 @@ def by_hash(table: pa.Table, column: str, parts: int) -> list[pa.Table]:
     return [sorted_rows.slice(begin, end - begin) for begin, end in pairwise(bounds)]
 
 
+def evenly(count: int, wanted: int) -> np.ndarray:
+    """`wanted` of `count` rows, or all if there are no more, at equal distances."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
 def gather(paths: Sequence[Path], part: int) -> pa.Table:
     """One part of several parts files, behind each other."""
     return pa.concat_tables([read_part(path, part) for path in paths])

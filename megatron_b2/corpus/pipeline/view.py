@@ -102,8 +102,9 @@ def read_view(inputs: Sequence[Path], *, wanted: Sequence[str] = (), with_text: 
     text = unit.column("text") if with_text else nothing
     found: dict[str, pa.ChunkedArray] = {}
     for path in inputs[1:]:
-        table = read_table(path).take(pa.array(rows))
-        stage = stage_of(table)
+        stage = path.parent.name
+        needed = {f"{stage}.keep", f"{stage}.text", f"{stage}.cuts", *wanted}
+        table = read_table(path, needed.__contains__).take(pa.array(rows))
         found |= {name: table.column(name) for name in table.column_names if name in wanted}
         if with_text:
             text = _changed(text, table, stage)
@@ -152,11 +153,6 @@ def languages_of(view: View) -> list[str]:
         return tags
     given: list[str] = view.documents.column("language").to_pylist()
     return given
-
-
-def stage_of(attributes: pa.Table) -> str:
-    """Name of the stage that wrote a table of attributes."""
-    return str(attributes.column_names[1]).removesuffix(".keep")
 
 
 def _changed(text: pa.ChunkedArray, table: pa.Table, stage: str) -> pa.ChunkedArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -20,6 +21,19 @@ DTYPE_CODES: Final[Mapping[torch.dtype, int]] = MappingProxyType(
 
 CTAS_PER_SM: Final = 2
 """Programs of a kernel that loops over rows, for each multiprocessor (our choice)."""
+NOTICE: Final = Path(__file__).parents[2] / "_cuda.txt"
+"""Left by setup.py where it could not build megatron_b2._cuda: a line of heading, then why."""
+
+
+def missing() -> str:
+    """Why there is no megatron_b2._cuda, and what to do; empty if there is."""
+    if find_spec("megatron_b2._cuda") is not None:
+        return ""
+    if not NOTICE.is_file():
+        return "megatron_b2._cuda was not built: install CUDA's nvcc and run `make setup` again"
+    lines = NOTICE.read_text(encoding="utf-8").splitlines()[1:]
+    why = " ".join(line.strip() for line in lines)
+    return f"megatron_b2._cuda was not built: {why}; mend that and run `make setup` again"
 
 
 def launch(name: str, device: torch.device, *args: Tensor | int | float | None) -> None:
@@ -32,8 +46,8 @@ def launch(name: str, device: torch.device, *args: Tensor | int | float | None) 
     """
     if device.type != "cuda":
         raise InputError(f"CUDA kernels work on CUDA tensors; these are on {device}")
-    if find_spec("megatron_b2._cuda") is None:
-        raise InputError("megatron_b2._cuda was not built: install CUDA's nvcc and run `make setup` again")
+    if reason := missing():
+        raise InputError(reason)
     kernels = import_module("megatron_b2._cuda")
     stream = torch.cuda.current_stream(device).cuda_stream
     getattr(kernels, name)(device.index, *plain(args), stream)

@@ -8,50 +8,17 @@ is the gradient of the logits), from which dx += (delta n) W_chunk and G = (delt
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from megatron_b2.errors import InputError
 from megatron_b2.ops.cuda import extension
+from megatron_b2.ops.head_common import Statistics
 
 MAX_VOCAB = 2**24
 """Ids travel as fp32, 16 bytes a token in all."""
 SPLITS = 16
 """Parts of the tokens whose column sums are made at once (our choice)."""
-
-
-class Statistics(NamedTuple):
-    """Of the logits of each token so far, fp32 [T, 4], contiguous: what tensor-parallel ranks gather."""
-
-    table: Tensor
-
-    @classmethod
-    def empty(cls, num_tokens: int, device: torch.device) -> Statistics:
-        """Of no column: maximum -inf, sum 0, no id, label's logit 0."""
-        start = torch.tensor([-torch.inf, 0.0, torch.inf, 0.0], dtype=torch.float32, device=device)
-        return cls(start.repeat(num_tokens, 1))
-
-    @property
-    def top(self) -> Tensor:
-        """Largest logit."""
-        return self.table[:, 0]
-
-    @property
-    def top_index(self) -> Tensor:
-        """Its vocabulary id, int64, the lowest among equals."""
-        return self.table[:, 2].long()
-
-    @property
-    def target_logit(self) -> Tensor:
-        """Logit of the label; 0 where no chunk had it."""
-        return self.table[:, 3]
-
-    @property
-    def lse(self) -> Tensor:
-        """Logarithm of the sum of exp(logit)."""
-        return self.table[:, 0] + self.table[:, 1].log()
 
 
 def update_statistics(

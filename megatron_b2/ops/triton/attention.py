@@ -25,6 +25,8 @@ from megatron_b2.ops.triton.attention_forward import forward_kernel
 from megatron_b2.ops.triton.tiles import AttentionTiles, Tile, attention_tiles
 
 MAX_HEAD_DIM = 160
+WIDE_BYTES = 16
+"""The widest access to global memory of a thread."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,15 @@ class _Call:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of batch, head and row of q, k and v."""
-        return (*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3])
+        """Of batch, head and row of q, k and v, in `step` elements."""
+        return tuple(stride // self.step for x in (self.q, self.k, self.v) for stride in x.stride()[:3])
+
+    @property
+    def step(self) -> int:
+        """16 bytes where all strides are multiples of them, else 1 element."""
+        wide = WIDE_BYTES // self.q.element_size()
+        is_wide = all(stride % wide == 0 for x in (self.q, self.k, self.v) for stride in x.stride()[:3])
+        return wide if is_wide else 1
 
     def sizes(self, heads: int) -> tuple[int, ...]:
         documents = self.pattern.documents
@@ -205,6 +214,7 @@ class _Call:
             "D": head_dim,
             "HEAD": head,
             "TAIL": tail,
+            "STEP": self.step,
             "ALIBI": self.pattern.slopes is not None,
             "PACKED": self.pattern.documents is not None,
             "SKIP": self.skip,
@@ -212,13 +222,14 @@ class _Call:
 
 
 def _tiles(x: Tensor) -> AttentionTiles:
-    return attention_tiles(target.arch_of(x.device), sum(pieces(x.shape[3])), x.element_size())
+    return attention_tiles(target.arch_of(x.device), x.shape[3], x.element_size())
 
 
 def _blocks(tile: Tile) -> dict[str, int]:
     return {
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
+        "DEPTH": tile.depth,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }

@@ -20,6 +20,7 @@ from megatron_b2.ops.triton.attention_common import (
     key_range,
     load_pair,
     masked_block,
+    operand,
     phases,
     power,
     products,
@@ -41,9 +42,11 @@ def delta_kernel(
     row = tl.program_id(0) * BLOCK_M
     rows = row + tl.arange(0, BLOCK_M)
     base = (batch * num_queries * num_heads + head) * D
-    out, out_tail = load_pair(out_ptr + base, row, num_heads * D, num_queries, BLOCK_M, HEAD, TAIL, D, True)
+    out, out_tail = load_pair(
+        out_ptr + base, row, num_heads * D, num_queries, BLOCK_M, HEAD, TAIL, D, 1, True
+    )
     grad, grad_tail = load_pair(
-        grad_out_ptr + base, row, num_heads * D, num_queries, BLOCK_M, HEAD, TAIL, D, True
+        grad_out_ptr + base, row, num_heads * D, num_queries, BLOCK_M, HEAD, TAIL, D, 1, True
     )
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     if TAIL > 0:
@@ -76,9 +79,9 @@ def query_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_heads, num_queries, num_keys, query_start, key_start, length,
     SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Gradient of q, [B, Q, H, D], as grad_out is. Grid and the rest as in forward_kernel."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -86,14 +89,13 @@ def query_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     shift = query_start - key_start
     diagonal = rows + shift
-    k_ptr += batch * k_batch + head // GROUP * k_head
-    v_ptr += batch * v_batch + head // GROUP * v_head
+    q_ptr += (batch * q_batch + head * q_head) * STEP
+    k_ptr += (batch * k_batch + head // GROUP * k_head) * STEP
+    v_ptr += (batch * v_batch + head // GROUP * v_head) * STEP
     base = (batch * num_queries * num_heads + head) * D
-    q, q_tail = load_pair(
-        q_ptr + batch * q_batch + head * q_head, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, True
-    )
-    grad_out, grad_out_tail = load_pair(
-        grad_out_ptr + base, row, num_heads * D, num_queries, BLOCK_M, HEAD, TAIL, D, True
+    q, q_tail = operand(q_ptr, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, STEP, DEPTH, True)
+    grad_out, grad_out_tail = operand(
+        grad_out_ptr + base, row, num_heads * D, num_queries, BLOCK_M, HEAD, TAIL, D, 1, DEPTH, True
     )
     statistics = (batch * num_heads + head) * num_queries + rows
     lse = tl.load(lse_ptr + statistics, mask=rows < num_queries, other=0.0) * UNIT
@@ -118,13 +120,13 @@ def query_kernel(
         grad_q, grad_q_tail = _visit_keys(
             grad_q, grad_q_tail, q, q_tail, grad_out, grad_out_tail, lse, delta, k_ptr, k_row, v_ptr, v_row,
             key, num_keys, diagonal, earliest, slope,
-            SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, True,
+            SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_N, DEPTH, True,
         )  # fmt: skip
     for key in range(full_begin, full_end, BLOCK_N):
         grad_q, grad_q_tail = _visit_keys(
             grad_q, grad_q_tail, q, q_tail, grad_out, grad_out_tail, lse, delta, k_ptr, k_row, v_ptr, v_row,
             key, num_keys, diagonal, earliest, slope,
-            SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, False,
+            SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_N, DEPTH, False,
         )  # fmt: skip
     grad_q, grad_q_tail = grad_q * (SCALE / UNIT), grad_q_tail * (SCALE / UNIT)
     store_pair(grad_q_ptr + base, row, num_heads * D, num_queries, grad_q, grad_q_tail, TAIL, D)
@@ -135,12 +137,13 @@ def _visit_keys(
     grad_q, grad_q_tail, q, q_tail, grad_out, grad_out_tail, lse, delta, k_ptr, k_row, v_ptr, v_row, key,
     num_keys, diagonal, earliest, slope,
     SCALE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    ALIBI: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    STEP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """grad_q * sqrt(D) with the part of BLOCK_N more keys."""
     keys = key + tl.arange(0, BLOCK_N)
-    k, k_tail = load_pair(k_ptr, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, MASKED)
-    scores = products(q, q_tail, k, k_tail, TAIL) * SCALE
+    k, k_tail = operand(k_ptr, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, DEPTH, MASKED)
+    scores = products(q, q_tail, k, k_tail, D, TAIL, DEPTH) * SCALE
     level = lse
     if MASKED:
         if ALIBI:
@@ -152,8 +155,10 @@ def _visit_keys(
         scores += bias(keys, last, slope)[None, :]
         level = lse - bias(last, diagonal, slope)
     probs = power(scores - level[:, None], UNIT)
-    v, v_tail = load_pair(v_ptr, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, MASKED)
-    grad_probs = products(grad_out, grad_out_tail, v, v_tail, TAIL)
+    v, v_tail = operand(v_ptr, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, DEPTH, MASKED)
+    grad_probs = products(grad_out, grad_out_tail, v, v_tail, D, TAIL, DEPTH)
+    if DEPTH > 0:
+        k, k_tail = load_pair(k_ptr, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, MASKED)
     grad_scores = (probs * (grad_probs - delta[:, None])).to(k.dtype)
     return add_product(grad_q, grad_q_tail, grad_scores, k, k_tail, TAIL)
 
@@ -164,21 +169,19 @@ def key_kernel(
     grad_v_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_key_heads, num_queries, num_keys, query_start, key_start, length,
     SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v, [B, K, H / GROUP, D]; ends int32 [B, length]; grid (key tiles, H / GROUP, B)."""
     key = tl.program_id(0) * BLOCK_N  # those with most queries begin first
     key_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     num_heads = num_key_heads * GROUP
     keys = key + tl.arange(0, BLOCK_N)
-    k, k_tail = load_pair(
-        k_ptr + batch * k_batch + key_head * k_head, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, True
-    )
-    v, v_tail = load_pair(
-        v_ptr + batch * v_batch + key_head * v_head, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, True
-    )
+    k_ptr += (batch * k_batch + key_head * k_head) * STEP
+    v_ptr += (batch * v_batch + key_head * v_head) * STEP
+    k, k_tail = operand(k_ptr, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, DEPTH, True)
+    v, v_tail = operand(v_ptr, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, DEPTH, True)
     shift = query_start - key_start
     slope, latest = 0.0, keys
     if PACKED:  # the last query that sees each key
@@ -200,20 +203,22 @@ def key_kernel(
             end = tl.minimum(end, _end_needed(needed_ptr + statistics, key + BLOCK_N, num_queries))
             full_end = tl.minimum(full_end, end // BLOCK_M * BLOCK_M)
         num_before, num_masked, full_begin, full_end = phases(begin, first_full, full_end, end, BLOCK_M)
-        head_q_ptr = q_ptr + batch * q_batch + head * q_head
+        head_q_ptr = q_ptr + (batch * q_batch + head * q_head) * STEP
         head_grad_ptr = grad_out_ptr + (batch * num_queries * num_heads + head) * D
         for t in range(num_masked):
             row = masked_block(t, begin, num_before, full_end, BLOCK_M)
             grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
                 grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, head_q_ptr, q_row,
                 head_grad_ptr, num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
-                key, shift, latest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_M, BLOCK_N, True,
+                key, shift, latest, slope,
+                SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_M, BLOCK_N, DEPTH, True,
             )  # fmt: skip
         for row in range(full_begin, full_end, BLOCK_M):
             grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
                 grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, head_q_ptr, q_row,
                 head_grad_ptr, num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
-                key, shift, latest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_M, BLOCK_N, False,
+                key, shift, latest, slope,
+                SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_M, BLOCK_N, DEPTH, False,
             )  # fmt: skip
     base = (batch * num_keys * num_key_heads + key_head) * D
     grad_k, grad_k_tail = grad_k * (SCALE / UNIT), grad_k_tail * (SCALE / UNIT)
@@ -257,8 +262,8 @@ def _visit_queries(
     grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, q_ptr, q_row, grad_out_ptr, grad_out_row,
     lse_ptr, delta_ptr, row, num_queries, key, shift, latest, slope,
     SCALE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    STEP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """grad_k * sqrt(D) and grad_v with the part of BLOCK_M more queries; scores are [keys, queries].
 
@@ -269,8 +274,8 @@ def _visit_queries(
     diagonal = rows + shift
     lse = tl.load(lse_ptr + rows, mask=rows < num_queries, other=0.0) * UNIT
     delta = tl.load(delta_ptr + rows, mask=rows < num_queries, other=0.0)
-    q, q_tail = load_pair(q_ptr, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, MASKED)
-    scores = products(k, k_tail, q, q_tail, TAIL) * SCALE
+    q, q_tail = operand(q_ptr, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, STEP, DEPTH, MASKED)
+    scores = products(k, k_tail, q, q_tail, D, TAIL, DEPTH) * SCALE
     level = lse
     if MASKED:
         if ALIBI:
@@ -285,12 +290,18 @@ def _visit_queries(
         level = lse - bias(last, diagonal, slope)
     probs = power(scores - level[None, :], UNIT)
     grad_out, grad_out_tail = load_pair(
-        grad_out_ptr, row, grad_out_row, num_queries, BLOCK_M, HEAD, TAIL, D, MASKED
+        grad_out_ptr, row, grad_out_row, num_queries, BLOCK_M, HEAD, TAIL, D, 1, MASKED
     )
     grad_v, grad_v_tail = add_product(
         grad_v, grad_v_tail, probs.to(grad_out.dtype), grad_out, grad_out_tail, TAIL
     )
-    grad_probs = products(v, v_tail, grad_out, grad_out_tail, TAIL)
+    if DEPTH > 0:
+        grad_out, grad_out_tail = operand(
+            grad_out_ptr, row, grad_out_row, num_queries, BLOCK_M, HEAD, TAIL, D, 1, DEPTH, MASKED
+        )
+    grad_probs = products(v, v_tail, grad_out, grad_out_tail, D, TAIL, DEPTH)
+    if DEPTH > 0:
+        q, q_tail = load_pair(q_ptr, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, STEP, MASKED)
     grad_scores = (probs * (grad_probs - delta[None, :])).to(q.dtype)
     grad_k, grad_k_tail = add_product(grad_k, grad_k_tail, grad_scores, q, q_tail, TAIL)
     return grad_k, grad_k_tail, grad_v, grad_v_tail

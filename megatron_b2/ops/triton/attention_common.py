@@ -4,9 +4,15 @@ A head width D that is no power of two is cut into two pieces, HEAD + TAIL colum
 than the next power of two does (88: 64 + 32, 104: 128, 144: 128 + 16, 152 and 160: 128 + 32). A kernel
 without a second piece (TAIL = 0) hands the first one on in its place and never uses it.
 
+In fp32, where the GPU has no exact matrix instruction, each thread would need whole rows of both operands of
+the scores: too many registers. There both are read DEPTH columns at a time, again for each tile of scores.
+
 Scores are kept times UNIT, which is in the scale and the ALiBi slopes. For 16-bit inputs it is log2 e, so
 that exp needs no multiplication. In fp32 it is 1: the rounding of a change of base in the log-sum-exp would
 be an error of all probabilities of a row.
+
+Strides of q, k and v are counted in STEP elements, 16 bytes where all of them and so all rows allow it: the
+compiler then makes 128-bit accesses. (By itself it looks for multiples of 16 elements, which 88 is not.)
 
 Positions are counted from the first key of the call: query row i stands at `shift` + i.
 
@@ -32,8 +38,10 @@ SIZES: Final = (
     "key_start",
     "length",
     "shift",
+    *(f"{x}_{stride}" for x in "qkv" for stride in ("batch", "head", "row")),
 )
-"""Arguments of kernels that are not compiled in, whatever their value: a cache grows by one key a token."""
+"""Arguments of kernels that are not compiled in, whatever their value: a cache grows by one key a token, and
+of the strides all that matters is in STEP."""
 LOG2_E = tl.constexpr(1.0 / math.log(2.0))
 NO_SCORE = tl.constexpr(-(2.0**126))
 """Running maximum before any key: finite, so that it can be subtracted from -inf."""
@@ -57,13 +65,14 @@ def pieces(head_dim: int) -> tuple[int, int]:
 @triton.jit
 def load(
     base, row, stride, num_rows,
-    ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST.. of rows row..row + ROWS of a matrix with D columns: 0 beyond D and, where MASKED, in
-    rows from `num_rows` on. Offsets have 64 bits."""
+    """Columns FIRST.. of rows row..row + ROWS of a matrix with D columns, its rows `stride` STEPs apart: 0
+    beyond D and, where MASKED, in rows from `num_rows` on. Offsets have 64 bits."""
     rows = row + tl.arange(0, ROWS)
     columns = FIRST + tl.arange(0, WIDTH)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    pointers = base + rows.to(tl.int64)[:, None] * stride * STEP + columns[None, :]
     if MASKED and FIRST + WIDTH > D:
         mask = (rows < num_rows)[:, None] & (columns < D)[None, :]
         tile = tl.load(pointers, mask=mask, other=0.0)
@@ -79,14 +88,33 @@ def load(
 @triton.jit
 def load_pair(
     base, row, stride, num_rows,
-    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Both pieces of the rows, [ROWS, HEAD] and [ROWS, TAIL]."""
-    head = load(base, row, stride, num_rows, ROWS, 0, HEAD, D, MASKED)
+    head = load(base, row, stride, num_rows, ROWS, 0, HEAD, D, STEP, MASKED)
     tail = head
     if TAIL > 0:
-        tail = load(base, row, stride, num_rows, ROWS, HEAD, TAIL, D, MASKED)
+        tail = load(base, row, stride, num_rows, ROWS, HEAD, TAIL, D, STEP, MASKED)
     return head, tail
+
+
+@triton.jit
+def operand(
+    base, row, stride, num_rows,
+    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr,
+    DEPTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Rows as `products` takes them: both pieces, or where DEPTH > 0 pointers to the first DEPTH columns and
+    which rows exist."""
+    if DEPTH > 0:
+        rows = row + tl.arange(0, ROWS)
+        columns = tl.arange(0, DEPTH)
+        first = base + rows.to(tl.int64)[:, None] * stride * STEP + columns[None, :]
+        second = (rows < num_rows)[:, None]
+    else:
+        first, second = load_pair(base, row, stride, num_rows, ROWS, HEAD, TAIL, D, STEP, MASKED)
+    return first, second
 
 
 @triton.jit
@@ -108,11 +136,19 @@ def store_pair(base, row, stride, num_rows, head, tail, TAIL: tl.constexpr, D: t
 
 
 @triton.jit
-def products(a, a_tail, b, b_tail, TAIL: tl.constexpr):
-    """Inner products of the rows of a and those of b, fp32 [rows of a, rows of b]."""
-    result = tl.dot(a, tl.trans(b), input_precision="ieee")
-    if TAIL > 0:
-        result = tl.dot(a_tail, tl.trans(b_tail), result, input_precision="ieee")
+def products(a, a_tail, b, b_tail, D: tl.constexpr, TAIL: tl.constexpr, DEPTH: tl.constexpr):
+    """Inner products of the rows of two operands, fp32 [rows of a, rows of b]."""
+    if DEPTH > 0:
+        result = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+        for column in range(0, D, DEPTH):
+            is_column = (column + tl.arange(0, DEPTH) < D)[None, :]
+            x = tl.load(a + column, mask=a_tail & is_column, other=0.0)
+            y = tl.load(b + column, mask=b_tail & is_column, other=0.0)
+            result = tl.dot(x, tl.trans(y), result, input_precision="ieee")
+    else:
+        result = tl.dot(a, tl.trans(b), input_precision="ieee")
+        if TAIL > 0:
+            result = tl.dot(a_tail, tl.trans(b_tail), result, input_precision="ieee")
     return result
 
 

@@ -26,6 +26,7 @@ from megatron_b2.ops.triton.attention_common import (
     key_range,
     load_pair,
     masked_block,
+    operand,
     phases,
     power,
     products,
@@ -40,21 +41,20 @@ def forward_kernel(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     num_heads, num_queries, num_keys, query_start, key_start, length,
     SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
-    TAIL: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr, STEP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of queries, H, B); q, k, v any strides but 1 for the last; starts int32 [B, length];
-    for SKIP lengths fp32 [B, H, Q] and longest_keys [B, H / GROUP, blocks of NORM_KEYS keys];
+    """Grid (tiles of queries, H, B); q, k, v any strides, in STEPs, but 1 for the last; starts int32
+    [B, length]; for SKIP lengths fp32 [B, H, Q] and longest_keys [B, H / GROUP, blocks of NORM_KEYS keys];
     out [B, Q, H, D]; lse fp32 [B, H, Q]. SCALE is UNIT / sqrt(D)."""
     row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # those with most keys begin first
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     rows, shift = row + tl.arange(0, BLOCK_M), query_start - key_start
     diagonal = rows + shift
-    k_ptr += batch * k_batch + head // GROUP * k_head
-    v_ptr += batch * v_batch + head // GROUP * v_head
-    q, q_tail = load_pair(
-        q_ptr + batch * q_batch + head * q_head, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, True
-    )
+    k_ptr += (batch * k_batch + head // GROUP * k_head) * STEP
+    v_ptr += (batch * v_batch + head // GROUP * v_head) * STEP
+    q_ptr += (batch * q_batch + head * q_head) * STEP
+    q, q_tail = operand(q_ptr, row, q_row, num_queries, BLOCK_M, HEAD, TAIL, D, STEP, DEPTH, True)
     slope, earliest = 0.0, diagonal
     if ALIBI:
         slope = tl.load(slopes_ptr + head) * UNIT
@@ -73,7 +73,7 @@ def forward_kernel(
         key = masked_block(t, begin, num_before, full_end, BLOCK_N)
         top, total, acc, acc_tail = _visit(
             top, total, acc, acc_tail, q, q_tail, k_ptr, k_row, v_ptr, v_row, key, num_keys, diagonal,
-            earliest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, True,
+            earliest, slope, SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_N, DEPTH, True,
         )  # fmt: skip
     if SKIP:
         longest_keys_ptr += (batch * num_heads + head) // GROUP * tl.cdiv(num_keys, NORM_KEYS)
@@ -85,7 +85,7 @@ def forward_kernel(
     for key in range(full_begin, full_end, BLOCK_N):
         top, total, acc, acc_tail = _visit(
             top, total, acc, acc_tail, q, q_tail, k_ptr, k_row, v_ptr, v_row, key, num_keys, diagonal,
-            earliest, slope, SCALE, UNIT, D, HEAD, TAIL, ALIBI, PACKED, BLOCK_N, False,
+            earliest, slope, SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_N, DEPTH, False,
         )  # fmt: skip
     # A query that sees none of the keys has total 0; any other has about 1 or more, by its largest score.
     is_seen = total > 0.0
@@ -102,12 +102,13 @@ def _visit(
     top, total, acc, acc_tail, q, q_tail, k_ptr, k_row, v_ptr, v_row, key, num_keys, diagonal, earliest,
     slope,
     SCALE: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
-    ALIBI: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    STEP: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The running softmax (maximum, sum, weighted values) after BLOCK_N more keys."""
     keys = key + tl.arange(0, BLOCK_N)
-    k, k_tail = load_pair(k_ptr, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, MASKED)
-    scores = products(q, q_tail, k, k_tail, TAIL)
+    k, k_tail = operand(k_ptr, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, DEPTH, MASKED)
+    scores = products(q, q_tail, k, k_tail, D, TAIL, DEPTH)
     offset = tl.zeros_like(top)
     if ALIBI:
         scores = scores * SCALE
@@ -133,6 +134,6 @@ def _visit(
     total = total * shrink + tl.sum(probs, 1)
     acc = acc * shrink[:, None]
     acc_tail = acc_tail * shrink[:, None]
-    v, v_tail = load_pair(v_ptr, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, MASKED)
+    v, v_tail = load_pair(v_ptr, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, MASKED)
     acc, acc_tail = add_product(acc, acc_tail, probs.to(v.dtype), v, v_tail, TAIL)
     return new_top, total, acc, acc_tail

@@ -26,6 +26,7 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
+from megatron_b2.ops.head_common import PARTS, parts_of_rank, scalar, unit_scales
 from megatron_b2.ops.head_loss import IGNORE_INDEX, HeadLoss
 from megatron_b2.ops.norm_head import EPS
 from megatron_b2.ops.triton import head_kernels, matmul, target
@@ -33,8 +34,6 @@ from megatron_b2.ops.triton.matmul import Projection
 from megatron_b2.ops.triton.tiles import HeadTiles, head_tiles
 from megatron_b2.parallel.tensor_parallel import TensorParallel
 
-PARTS = 8
-"""Parts of the whole vocabulary, cut as evenly as can be; up to so many ranks have the same bits."""
 SPLIT_COLUMNS = 1024
 """A part is split, by a power of two, until no more than about this many columns are left: enough programs
 for 132 multiprocessors on each of 8 ranks at V = 125,696 and T = 4,096."""
@@ -109,11 +108,8 @@ def segments(vocab_rows: int, ranks: int) -> tuple[int, int]:
     With a power of two of ranks, up to `PARTS`, the segments of all ranks depend on the whole vocabulary
     only.
     """
-    parts = 1
-    while parts * 2 * ranks <= PARTS:
-        parts *= 2
     columns = triton.cdiv(vocab_rows * ranks, PARTS)
-    return parts, triton.next_power_of_2(triton.cdiv(columns, SPLIT_COLUMNS))
+    return parts_of_rank(ranks), triton.next_power_of_2(triton.cdiv(columns, SPLIT_COLUMNS))
 
 
 def local_statistics(head: Head, products: Tensor | None = None) -> Tensor:
@@ -180,14 +176,6 @@ def _sums(statistics: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     top, total, _, label_logit = statistics.unbind()
     ce = (top - label_logit) + total.log()
     return (ce * (labels != IGNORE_INDEX)).sum(), top.square().sum()
-
-
-def _unit_scales(ce_scale: Tensor, z_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A power of two near the larger scale, 0-dim, and fp32 [2]: ce_scale and 2 z_scale in that unit."""
-    scales = torch.stack([ce_scale, 2 * z_scale])
-    largest = scales.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-    unit = largest / torch.frexp(largest).mantissa
-    return unit, scales / unit
 
 
 @dataclass(frozen=True)
@@ -325,7 +313,7 @@ class _NormHeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, inverse, labels, statistics, ce_scale, z_scale = ctx.saved_tensors
         head = Head(hidden, weight, inverse, labels, ctx.tensor, ctx.tiles)
-        unit, scales = _unit_scales(ce_scale, z_scale)
+        unit, scales = unit_scales(ce_scale, z_scale)
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         grad_hidden, grad_weight = _gradients(head, statistics, scales, unit * grad, wanted)
         return grad_hidden, grad_weight, None, None, None, None
@@ -387,7 +375,7 @@ class _NormHeadLossKept(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         head = Head.of(hidden, weight, labels, tensor)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            unit, scales = _unit_scales(ce_scale, z_scale)
+            unit, scales = unit_scales(ce_scale, z_scale)
             statistics, *gradients = _kept_gradients(head, scales, torch.ones_like(unit))
             ctx.save_for_backward(unit, *gradients)
         else:
@@ -407,13 +395,6 @@ class _NormHeadLossKept(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    """0-dim fp32. A number is filled in on the device: copying it there would wait for the GPU."""
-    if isinstance(value, Tensor):
-        return value.to(device, torch.float32)
-    return torch.full((), value, dtype=torch.float32, device=device)
-
-
 def _apply(
     function: type[torch.autograd.Function],
     hidden: Tensor,
@@ -423,7 +404,7 @@ def _apply(
     z_scale: Tensor | float,
     tensor: TensorParallel | None,
 ) -> HeadLoss:
-    scales = (_scalar(scale, hidden.device) for scale in (ce_scale, z_scale))
+    scales = (scalar(scale, hidden.device) for scale in (ce_scale, z_scale))
     return HeadLoss(*function.apply(hidden, weight, labels, *scales, tensor or TensorParallel()))
 
 

@@ -17,7 +17,7 @@ class Tile:
     columns: int
     """Columns (keys, vocabulary) a step works on."""
     depth: int
-    """Of the inner product a step; 0 where there is none."""
+    """Of the inner product a step; 0 where there is none or all of it is one step."""
     warps: int
     stages: int
 
@@ -104,38 +104,54 @@ _ATTENTION_CPU: Final = AttentionTiles(
 
 
 def _attention(
-    forward: tuple[int, int, int, int], query: tuple[int, int, int, int], key: tuple[int, int, int, int]
+    forward: tuple[int, int, int, int],
+    query: tuple[int, int, int, int],
+    key: tuple[int, int, int, int],
+    *,
+    depth: int = 0,
 ) -> AttentionTiles:
     """Each (rows, columns, warps, stages)."""
     first, second, third = (
-        Tile(rows, columns, 0, warps, stages) for rows, columns, warps, stages in (forward, query, key)
+        Tile(rows, columns, depth, warps, stages) for rows, columns, warps, stages in (forward, query, key)
     )
     return AttentionTiles(first, second, third, delta=Tile(rows=64, columns=0, depth=0, warps=4, stages=1))
 
 
-# The largest tiles that spill no register, with ALiBi and documents (docs/kernels.md).
-_ATTENTION: Final[Mapping[tuple[str, int], AttentionTiles]] = MappingProxyType(
+# The largest tiles that spill no register, with ALiBi, documents and skipping (docs/kernels.md).
+_ATTENTION_HALF: Final[Mapping[tuple[str, int], AttentionTiles]] = MappingProxyType(
     {
-        ("sm_80", 64): _attention((128, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
-        ("sm_80", 96): _attention((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        ("sm_80", 64): _attention((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
+        ("sm_80", 96): _attention((64, 64, 4, 2), (128, 32, 8, 2), (32, 64, 4, 2)),
+        ("sm_80", 127): _attention((128, 32, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
         ("sm_80", 128): _attention((128, 32, 8, 3), (64, 32, 4, 2), (64, 64, 8, 2)),
-        ("sm_80", 256): _attention((128, 32, 8, 2), (64, 32, 8, 2), (16, 64, 8, 2)),
+        ("sm_80", 144): _attention((128, 32, 8, 2), (32, 32, 8, 2), (16, 64, 4, 2)),
+        ("sm_80", 160): _attention((128, 32, 8, 2), (64, 16, 8, 2), (16, 64, 4, 2)),
         ("sm_90", 64): _attention((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
         ("sm_90", 96): _attention((128, 64, 8, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
+        ("sm_90", 127): _attention((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
         ("sm_90", 128): _attention((128, 64, 8, 3), (128, 64, 8, 2), (32, 64, 4, 2)),
-        ("sm_90", 256): _attention((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        ("sm_90", 144): _attention((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        ("sm_90", 160): _attention((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
     }
 )
-"""By architecture and the largest width of a head in 16 bits."""
-_ATTENTION_SINGLE: Final = _attention((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))
+"""By architecture and the largest width of a head, in 16 bits. Widths that are padded need more registers."""
+_ATTENTION_SINGLE: Final[Mapping[int, AttentionTiles]] = MappingProxyType(
+    {
+        128: _attention((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), depth=16),
+        160: _attention((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1), depth=16),
+    }
+)
+"""By the largest width of a head, in fp32, for every architecture."""
 
 
-def attention_tiles(arch: str, width: int, itemsize: int) -> AttentionTiles:
-    """Tiles of attention for heads of `width` columns with padding and inputs of `itemsize` bytes; those of
-    sm_80 where an architecture has none."""
+def attention_tiles(arch: str, head_dim: int, itemsize: int) -> AttentionTiles:
+    """Tiles of attention for heads of `head_dim` columns and inputs of `itemsize` bytes; those of sm_80 where
+    an architecture has none."""
     if arch == "cpu":
         return _ATTENTION_CPU
     if itemsize == 4:
-        return _ATTENTION_SINGLE
-    known = arch if (arch, 128) in _ATTENTION else "sm_80"
-    return next(_ATTENTION[known, limit] for limit in (64, 96, 128, 256) if width <= limit)
+        return next(tiles for limit, tiles in _ATTENTION_SINGLE.items() if head_dim <= limit)
+    known = arch if (arch, 128) in _ATTENTION_HALF else "sm_80"
+    return next(
+        tiles for (name, limit), tiles in _ATTENTION_HALF.items() if name == known and head_dim <= limit
+    )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megatron_b2.errors import InputError
-from megatron_b2.ops.cuda import extension
+from megatron_b2.ops.cuda import extension, matmul
 
 CHECKOUT: Final = Path(__file__).resolve().parents[3]
 SOURCES: Final = CHECKOUT / "csrc" / "cuda"
@@ -142,7 +142,12 @@ def load_shim() -> Shim:
 
 @contextmanager
 def kernels_on_cpu() -> Iterator[Shim]:
-    """Let `megatron_b2.ops.cuda` work on CPU tensors, through the shim."""
+    """Let `megatron_b2.ops.cuda` work on CPU tensors, through the shim; in forked processes as well."""
     shim = load_shim()
-    with patch.object(extension, "launch", shim.launch):
+    with patch.object(extension, "launch", shim.launch), patch.object(matmul, "product", _product):
         yield shim
+
+
+def _product(a: Tensor, b: Tensor, *, out: Tensor, adds: bool = False) -> Tensor:
+    """As `matmul.product`: torch has no product with a wider result on a CPU."""
+    return torch.addmm(out, a.float(), b.float(), beta=float(adds), out=out)

@@ -18,10 +18,13 @@ from torch import Tensor
 from megatron_b2.ops import rms_norm, swiglu
 from megatron_b2.ops.alibi import alibi_slopes
 from megatron_b2.ops.attention import Documents
-from megatron_b2.ops.cuda import alibi_softmax, head_softmax
+from megatron_b2.ops.cuda import alibi_softmax, attention, head_softmax
+from megatron_b2.ops.cuda import head_loss as cuda_head_loss
 from megatron_b2.ops.cuda import rms_norm as cuda_rms_norm
 from megatron_b2.ops.cuda import swiglu as cuda_swiglu
+from megatron_b2.ops.head_common import Statistics
 from megatron_b2.optim.fused_adamw import FusedAdamW
+from megatron_b2.testing.kernels import head_loss
 from megatron_b2.testing.kernels.cpu_shim import kernels_on_cpu
 from megatron_b2.testing.kernels.elementwise import Case, compare, random
 from megatron_b2.testing.kernels.parity import Check, Deviation, deviation
@@ -52,6 +55,9 @@ MANY_TOKENS: Final[Sequence[tuple[int, int]]] = ((97, 11_008), (512, 1_712))
 SCORES: Final = ((1, 5, 33, 33), (2, 3, 4, 97), (1, 40, 6, 128), (2, 2, 1, 1))
 """Batch, heads, queries, keys."""
 LONG_SCORES: Final = ((1, 5, 512, 512), (1, 5, 3, 8_200), (1, 40, 97, 97), (1, 2, 1_025, 1_025))
+ATTENTION: Final = ((1, 5, 1, 33, 33, 88), (2, 4, 2, 9, 40, 128), (1, 2, 1, 1, 1, 64))
+"""Batch, heads, heads of a key head, queries, keys and head width."""
+LONG_ATTENTION: Final = ((1, 5, 1, 512, 512, 128), (1, 40, 1, 97, 97, 128), (2, 6, 3, 100, 333, 152))
 LOGITS: Final = ((9, 1_000, 384), (5, 331, 128), (4, 15_712, 8_192))
 """Tokens, vocabulary columns and columns of a chunk; the last chunk is smaller."""
 MANY_LOGITS: Final = ((33, 15_712, 3_928), (97, 2_048, 512))
@@ -89,11 +95,19 @@ def _checks() -> Iterator[Check]:
                     name = " x ".join(map(str, shape4)) + (", packed" if packed else "")
                     build = partial(softmax_case, *shape4, packed)
                     yield _check("alibi_softmax", name, partial(_compare, build), dtype, quick)
+        for problems, quick in ((ATTENTION, True), (LONG_ATTENTION, False)):
+            for shape6 in problems:
+                for alibi, packed in ((True, False), (True, True), (False, True)):
+                    words = [" x ".join(map(str, shape6)), *["alibi"] * alibi, *["packed"] * packed]
+                    build = partial(attention_case, *shape6, alibi, packed)
+                    yield _check("causal_attention", ", ".join(words), partial(_compare, build), dtype, quick)
         for sizes, quick in ((LOGITS, True), (MANY_LOGITS, False)):
             for tokens, columns, chunk in sizes:
                 name = f"{tokens} tokens, {columns} columns by {chunk}"
                 run = partial(compare_head, tokens, columns, chunk)
                 yield _check("head_softmax", name, run, dtype, quick)
+    for case, quick in head_loss.cases():
+        yield Check("norm_head_loss", "cuda", str(case), partial(_compare_loss, case), quick)
     for dtype, grad_dtype in ADAM_DTYPES:
         name = f"gradients {_short(grad_dtype)}"
         yield _check("adamw", name, partial(compare_adamw, grad_dtype=grad_dtype), dtype, True)
@@ -171,24 +185,75 @@ def softmax_case(
     device: torch.device,
 ) -> Case:
     """ALiBi softmax of `queries` that are the last of `keys` positions, in one document or in some."""
-    scale = 0.125
     scores = 8 * random(batch, heads, queries, keys, dtype=dtype, device=device, seed=6)
-    slopes = alibi_slopes(heads).to(device)
-    places = torch.arange(keys, device=device)
-    lengths = 7 + 4 * torch.arange(batch, device=device)
-    documents = Documents.of(places // lengths[:, None]) if packed else None
-    rows = places[keys - queries :, None]
-    hidden = (places > rows).expand(batch, 1, queries, keys)
-    if documents is not None:
-        hidden = hidden | (places < documents.starts[:, keys - queries :, None]).unsqueeze(1)
-
-    def torch_softmax(scores: Tensor) -> Tensor:
-        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        biased = scale * wide + slopes.to(wide.dtype).view(-1, 1, 1) * (places - rows)
-        return biased.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(scores.dtype)
-
-    ours = partial(alibi_softmax.alibi_softmax, scale=scale, alibi_slopes=slopes, documents=documents)
+    options: dict[str, Any] = {
+        "scale": 0.125,
+        "alibi_slopes": alibi_slopes(heads).to(device),
+        "documents": _documents(batch, keys, device) if packed else None,
+    }
+    torch_softmax = partial(_torch_softmax, **options)
+    ours = partial(alibi_softmax.alibi_softmax, **options)
     return Case(ours, torch_softmax, torch_softmax, [scores], ["probs"], ["scores"])
+
+
+def attention_case(
+    batch: int,
+    heads: int,
+    group: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    alibi: bool,
+    packed: bool,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Case:
+    """Attention of queries that are the last of `keys` positions; torch stores scores of the same dtype."""
+    q = random(batch, queries, heads, head_dim, dtype=dtype, device=device, seed=10)
+    k, v = (
+        random(batch, keys, heads // group, head_dim, dtype=dtype, device=device, seed=seed)
+        for seed in (11, 12)
+    )
+    options: dict[str, Any] = {
+        "alibi_slopes": alibi_slopes(heads).to(device) if alibi else None,
+        "documents": _documents(batch, keys, device) if packed else None,
+    }
+
+    def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
+        scores = torch.matmul(q.transpose(1, 2), k.transpose(2, 3))
+        return (_torch_softmax(scores, scale=head_dim**-0.5, **options) @ v).transpose(1, 2)
+
+    ours = partial(attention.causal_attention, **options)
+    return Case(ours, torch_attention, torch_attention, [q, k, v], ["out"], ["q", "k", "v"])
+
+
+def _documents(batch: int, keys: int, device: torch.device) -> Documents | None:
+    """Of 7 positions each in the first sequence, 4 more in each next one."""
+    lengths = 7 + 4 * torch.arange(batch, device=device)
+    return Documents.of(torch.arange(keys, device=device) // lengths[:, None])
+
+
+def _torch_softmax(
+    scores: Tensor, *, scale: float, alibi_slopes: Tensor | None, documents: Documents | None
+) -> Tensor:
+    """`alibi_softmax` by its formula, rounded once to the dtype of the scores."""
+    queries, keys = scores.shape[2:]
+    places = torch.arange(keys, device=scores.device)
+    rows = places[keys - queries :, None]
+    hidden = places > rows
+    if documents is not None:
+        hidden = hidden | (places < documents.starts[:, None, keys - queries :, None])
+    wide = scale * scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if alibi_slopes is not None:
+        wide = wide + alibi_slopes.to(wide.dtype).view(-1, 1, 1) * (places - rows)
+    return wide.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(scores.dtype)
+
+
+def _compare_loss(case: head_loss.Case, device: torch.device) -> list[Deviation]:
+    with on(device):
+        return head_loss.compare(case, cuda_head_loss.norm_head_loss, device=device)
 
 
 def compare_head(
@@ -227,7 +292,7 @@ def _head_by_chunks(
     first: int,
     chunk: int,
 ) -> list[Tensor]:
-    statistics = head_softmax.Statistics.empty(len(products), products.device)
+    statistics = Statistics.empty(len(products), products.device)
     spans = [slice(start, start + chunk) for start in range(0, products.shape[1], chunk)]
     for span in spans:
         head_softmax.update_statistics(

@@ -1,12 +1,13 @@
 """The shapes in which the published models launch every Triton operation, for the table of kernels.
 
-One sequence of 4,096 tokens in bf16, forward and backward, on `meta` tensors; laid out in memory as the model
-hands them over. Tensor parallel 8 is one rank's share, with sequence parallelism between the layers.
+One sequence of 4,096 tokens in bf16 (attention also in fp32), forward and backward, on `meta` tensors; laid
+out in memory as the model hands them over. Tensor parallel 8 is one rank's share, with sequence parallelism
+between the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -21,10 +22,13 @@ TOKENS: Final = 4_096
 TENSOR_PARALLEL: Final = (1, 8)
 DOCUMENT_TOKENS: Final = 1_000
 """Length of the packed documents of the variant with documents; not a multiple of any tile."""
-ODD_HEAD_DIMS: Final = (88, 104, 144, 152, 160)
-"""Head widths of other models that are not powers of two."""
-ODD_HEADS: Final = 5
+OTHER_HEAD_DIMS: Final = (64, 88, 104, 144, 152, 160)
+"""Head widths of other models than 7B and 13B."""
+OTHER_HEADS: Final = 5
+"""Odd, so that strides are multiples of the width and of nothing more."""
 DTYPE: Final = torch.bfloat16
+SINGLE: Final = "fp32"
+"""Ends the shape of variants in fp32."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Variant:
     op: str
     """Function of the operation."""
     shape: str
-    """Such as "7B", "13B packed" or "head_dim 88"."""
+    """Such as "7B", "13B packed", "head_dim 88" or "head_dim 88 packed fp32"."""
     tensor_parallel: int
     run: Callable[[], None]
     """Forward and backward on `meta` tensors."""
@@ -53,18 +57,26 @@ def variants() -> tuple[Variant, ...]:
             for size in TENSOR_PARALLEL:
                 if op != "rope_split" or model.position == "rope":
                     found.append(Variant(op, name, size, _bound(run, model, size)))
+    return (*found, *_attention_variants(models))
+
+
+def _attention_variants(models: Mapping[str, ModelConfig]) -> Iterator[Variant]:
+    """Attention over packed documents, in other widths and in fp32."""
+    op, alibi = "causal_attention", models["13B"]
     for name, model in models.items():
         for size in TENSOR_PARALLEL:
-            packed = _bound(_packed_attention, model, size)
-            found.append(Variant("causal_attention", f"{name} packed", size, packed))
-    alibi = models["13B"]
+            yield Variant(op, f"{name} packed", size, _bound(_packed_attention, model, size))
     for size in TENSOR_PARALLEL:
-        skipping = _bound(_skipping_attention, alibi, size)
-        found.append(Variant("causal_attention", "13B skipping", size, skipping))
-    for width in ODD_HEAD_DIMS:
-        odd = replace(alibi, num_heads=ODD_HEADS, hidden_size=ODD_HEADS * width)
-        found.append(Variant("causal_attention", f"head_dim {width}", 1, _bound(_attention, odd, 1)))
-    return tuple(found)
+        yield Variant(op, "13B skipping", size, _bound(_skipping_attention, alibi, size))
+    others = {
+        width: replace(alibi, num_heads=OTHER_HEADS, hidden_size=OTHER_HEADS * width)
+        for width in OTHER_HEAD_DIMS
+    }
+    for width, model in others.items():
+        yield Variant(op, f"head_dim {width}", 1, _bound(_attention, model, 1))
+        yield Variant(op, f"head_dim {width} packed", 1, _bound(_packed_attention, model, 1))
+    for name, model in (("13B", alibi), *((f"head_dim {width}", model) for width, model in others.items())):
+        yield Variant(op, f"{name} packed {SINGLE}", 1, _bound(_single_attention, model, 1))
 
 
 def _bound(run: Callable[[ModelConfig, int], None], model: ModelConfig, size: int) -> Callable[[], None]:
@@ -113,23 +125,28 @@ def _swiglu(model: ModelConfig, size: int) -> None:
 
 
 def _attention(
-    model: ModelConfig, size: int, documents: Documents | None = None, *, skip_negligible: bool = False
+    model: ModelConfig,
+    size: int,
+    documents: Documents | None = None,
+    *,
+    skip_negligible: bool = False,
+    dtype: torch.dtype = DTYPE,
 ) -> None:
     from megatron_b2.ops.triton.attention import TritonAttention
 
     heads, head_dim = model.num_heads // size, model.hidden_size // model.num_heads
-    qkv = _empty(1, TOKENS, 3, heads, head_dim)
+    qkv = _empty(1, TOKENS, 3, heads, head_dim, dtype=dtype)
     q, k, v = qkv.unbind(2)
     if model.position == "rope":
         # rope_split makes new queries and keys and leaves the values where they are.
-        q, k = _empty(1, TOKENS, heads, head_dim), _empty(1, TOKENS, heads, head_dim)
+        q, k = (_empty(1, TOKENS, heads, head_dim, dtype=dtype) for _ in range(2))
     slopes = torch.empty(heads, device="meta") if model.position == "alibi" else None
     kernel = TritonAttention(skip_negligible=skip_negligible)
     out = attend(q, k, v, alibi_slopes=slopes, documents=documents, kernel=kernel)
     _backward([out], [q, k, v])
 
 
-def _packed_attention(model: ModelConfig, size: int) -> None:
+def _packed_attention(model: ModelConfig, size: int, dtype: torch.dtype = DTYPE) -> None:
     segments = torch.arange(TOKENS).div(DOCUMENT_TOKENS, rounding_mode="floor").unsqueeze(0)
     documents = Documents.of(segments)
     assert documents is not None
@@ -137,7 +154,11 @@ def _packed_attention(model: ModelConfig, size: int) -> None:
     tensors: dict[str, Any] = {
         name: value.to("meta") for name, value in vars(documents).items() if isinstance(value, Tensor)
     }
-    _attention(model, size, replace(documents, **tensors))
+    _attention(model, size, replace(documents, **tensors), dtype=dtype)
+
+
+def _single_attention(model: ModelConfig, size: int) -> None:
+    _packed_attention(model, size, torch.float32)
 
 
 def _skipping_attention(model: ModelConfig, size: int) -> None:

@@ -77,9 +77,7 @@ def test_stages_see_what_earlier_ones_left(folder: Path) -> None:
     assert odd.column("odd.text")[2].as_py() == "document 3 of file 0 " * 6
     assert total.column("total.keep").to_pylist()[:3] == [True, None, True]
     kept = sum(
-        2 * len(text)
-        for unit in run.units
-        for text in read_table(unit.path).column("text").to_pylist()[::2]
+        2 * len(text) for unit in run.units for text in read_table(unit.path).column("text").to_pylist()[::2]
     )
     assert set(total.column("total.sum").to_pylist()) == {kept, None}
     assert total.column("total.left")[2].as_py() == 2 * len(documents.column("text")[2].as_py())
@@ -123,9 +121,7 @@ def test_nothing_is_done_twice(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "one byte", "gone", "manifest"])
-@pytest.mark.parametrize(
-    "what", ["documents/*.parquet", "attributes/odd/*.parquet", "between/total/*.parts"]
-)
+@pytest.mark.parametrize("what", ["documents/*.parquet", "attributes/odd/*.parquet", "between/total/*.parts"])
 def test_a_damaged_file_is_named_and_made_again(folder: Path, what: str, how: str) -> None:
     go(folder)
     before = state(folder)
@@ -159,7 +155,9 @@ def test_a_killed_worker_costs_its_task_only(folder: Path) -> None:
 
 
 def test_a_mistake_in_a_stage_is_shown_once(folder: Path) -> None:
-    with pytest.raises(TaskCrashError, match=r"total count-\w+\.parts failed:\n(.*\n)*.*a mistake in a stage"):
+    with pytest.raises(
+        TaskCrashError, match=r"total count-\w+\.parts failed:\n(.*\n)*.*a mistake in a stage"
+    ):
         go(folder, stages={"odd": Odd(), "total": Total(crash=True)})
     assert not (folder / "work" / STATE).exists()
     assert tasks_run(go(folder))["odd"] == 0

@@ -14,9 +14,10 @@ from torch import Tensor
 from megatron_b2.errors import InputError
 from megatron_b2.ops.alibi import alibi_slopes
 from megatron_b2.ops.cuda.alibi_softmax import alibi_softmax
-from megatron_b2.ops.cuda.head_softmax import Statistics, epilogue, update_statistics
+from megatron_b2.ops.cuda.head_softmax import epilogue, update_statistics
 from megatron_b2.ops.cuda.rms_norm import add_rms_norm, rms_norm
 from megatron_b2.ops.cuda.swiglu import swiglu
+from megatron_b2.ops.head_common import Statistics
 from megatron_b2.testing.kernels.cpu_shim import Shim, kernels_on_cpu
 from megatron_b2.testing.kernels.cuda import DTYPES, add_norm_case, softmax_case, swiglu_case
 from megatron_b2.testing.kernels.elementwise import results_of
