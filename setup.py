@@ -118,7 +118,7 @@ setup(
         "deepspeed": requirements("deepspeed"),
         "triton": requirements("triton"),
         "corpus": requirements("corpus"),
-        "dev": requirements("deepspeed") + requirements("triton") + requirements("corpus") + requirements("dev"),
+        "dev": [p for name in ("deepspeed", "triton", "corpus", "dev") for p in requirements(name)],
     },
     entry_points={"console_scripts": ["b2=megatron_b2.cli.main:main"]},
     ext_modules=[

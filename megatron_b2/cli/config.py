@@ -27,6 +27,7 @@ from megatron_b2.config import (
 )
 from megatron_b2.config.fields import Setting, settings, type_name
 from megatron_b2.config.keys import dotted
+from megatron_b2.config.schema import PhaseConfig
 from megatron_b2.engine.deepspeed_config import deepspeed_json
 from megatron_b2.errors import ConfigError
 
@@ -149,6 +150,7 @@ def settings_markdown() -> str:
         table = dotted(setting.key[:-1])
         groups.setdefault(f"`[{table}]`" if table else "The run", []).append(setting)
     groups["`[[data.sources]]`"] = list(settings(SourceConfig))
+    groups["`[[data.phases]]`"] = list(settings(PhaseConfig))
     lines: list[str] = []
     for title, members in groups.items():
         lines += ["", f"### {title}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]

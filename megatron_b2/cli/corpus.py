@@ -64,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     from megatron_b2.cli import corpus_pipeline as pipeline
+    from megatron_b2.cli import corpus_train as train
     from megatron_b2.cli.repeated import gather_repeated
 
-    arguments = gather_repeated(argv, ("--input", "--packages"))
+    arguments = gather_repeated(argv, ("--input", "--packages", "--clean", "--bad"))
     if arguments[:1] == ["run"] and not {"-h", "--help"} & set(arguments):
         return pipeline.run(arguments[1:])
     subcommand = tyro.conf.subcommand
@@ -78,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[pipeline.Report, subcommand("report")]
         | Annotated[pipeline.Explain, subcommand("explain")]
         | Annotated[pipeline.Mix, subcommand("mix")]
+        | Annotated[train.TrainQuality, subcommand("train-quality")]
+        | Annotated[train.TrainPerplexity, subcommand("train-perplexity")]
+        | Annotated[train.TrainLanguage, subcommand("train-language")]
     )
     command: object = tyro.cli(
         commands, args=arguments, prog="b2 corpus", description=f"b2 corpus: {HELP}."
@@ -89,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _sets()
         case Stats():
             return _stats(command)
+        case train.TrainQuality() | train.TrainPerplexity() | train.TrainLanguage():
+            return train.main(command)
     return pipeline.main(command)
 
 

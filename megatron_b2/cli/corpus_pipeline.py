@@ -18,7 +18,8 @@ class Run:
     """Run the stages of a pipeline over a corpus, as far as they are not done.
 
     Settings of the file can be replaced: --minhash.threshold 0.7, --execution.workers 8, --stages
-    normalize exact minhash. A run that was stopped in any way goes on where it was; `b2 corpus report` shows the result.
+    normalize exact minhash. A run that was stopped in any way goes on where it was; `b2 corpus report`
+    shows the result.
 
     Example: b2 corpus run examples/corpus/zhen.toml --execution.workers 2
     """

@@ -3,14 +3,14 @@
 | kind | what | checks |
 |---|---|---|
 | email | user@example.org | a domain with a top-level name that is no ending of pictures |
-| ip | IPv4 and IPv6 | public addresses only (`ipaddress.is_global`); no version number such as v1.2.3.4 |
-| phone | Chinese mobile numbers, E.164 with + | 11 digits from 13 on; an assigned country code and 8 to 15 digits |
+| ip | IPv4 and IPv6 | public addresses (`ipaddress.is_global`); no numbers of versions and sections |
+| phone | Chinese mobile numbers, E.164 with + | 11 digits from 13 to 19; a country, 8 to 15 digits |
 | cn_id | Chinese resident identity numbers | province, date, ISO 7064 MOD 11-2 check character (GB 11643) |
 | card | payment cards, 13 to 19 digits | issuer's first digits, length, Luhn (ISO/IEC 7812) |
 | iban | bank accounts | country, length, mod 97 (ISO 13616) |
 
-Cheap vectorised tests over all bytes find the few places at which a pattern is tried at all. Names and addresses of
-people need a model and are not looked for.
+Cheap vectorised tests over all bytes find the few places at which a pattern is tried at all. Names and
+addresses of people need a model and are not looked for.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def find_pii(texts: Texts) -> PiiSpans:
 def replace_pii(texts: Texts, spans: PiiSpans, placeholders: Mapping[Kind, str] = PLACEHOLDERS) -> Texts:
     """N texts in which placeholders stand for the spans, in new memory."""
     words = {kind: placeholders[kind].encode() for kind in Kind}
-    data = memoryview(np.ascontiguousarray(texts.data))
-    pieces: list[bytes | memoryview] = []
+    data = texts.data.tobytes()
+    pieces: list[bytes] = []
     offsets = np.zeros(len(texts) + 1, np.int64)
     size = 0
     for row in range(len(texts)):
@@ -117,15 +117,26 @@ _JOIN: Final = re.compile(rb"[.:\-]")
 _DOT: Final = re.compile(rb"\.")
 _GROUP: Final = re.compile(rb"[0-9][ \-]")
 _LOCAL: Final = re.compile(rb"[A-Za-z0-9](?:[A-Za-z0-9._%+\-]{0,62}[A-Za-z0-9_+\-])?\Z")
-_DOMAIN: Final = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})(?![A-Za-z0-9\-])")
-_PICTURES: Final = frozenset((b"png", b"jpg", b"jpeg", b"gif", b"svg", b"webp", b"bmp", b"ico", b"css", b"js"))
+_DOMAIN: Final = re.compile(
+    rb"(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})(?![A-Za-z0-9\-])"
+)
+_PICTURES: Final = frozenset(
+    (b"png", b"jpg", b"jpeg", b"gif", b"svg", b"webp", b"bmp", b"ico", b"css", b"js")
+)
 _IPV4: Final = re.compile(rb"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?![0-9A-Za-z_]|[.\-][0-9A-Za-z])")
-_VERSION: Final = re.compile(rb"(?i:\bv|version|release|\bver\.?)[ \t:=]?\Z")
+_NUMBERED: Final = re.compile(  # before the number of a version or a section: § and 第 too
+    rb"(?:(?i:\bv|version|release|section|chapter|\bver\.)|\xc2\xa7|\xe7\xac\xac)(?:[ \t:=]|\xc2\xa0)?\Z"
+)
+# What stands behind the number of a section: a period, or a capital or Chinese character.
+_LISTED: Final = re.compile(rb"\.(?:[ \t]|\xc2\xa0)|(?:[ \t]|\xc2\xa0)+[A-Z\xe4-\xe9]")
 _IPV6: Final = re.compile(rb"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![0-9A-Za-z_:])")
-_CN_MOBILE: Final = re.compile(rb"(?:86[ \-]?)?1[3-9][0-9][ \-]?[0-9]{4}[ \-]?[0-9]{4}(?![0-9A-Za-z_]|[.\-][0-9])")
-_COUNTRY = (
-    rb"(?:1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|2[1-689][0-9]|3[578][0-9]|42[0-9]|5[09][0-9]"
-    rb"|6[789][0-9]|8[0578][0-9]|9[679][0-9])"
+_CN_MOBILE: Final = re.compile(
+    rb"(?:86[ \-]?)?1[3-9][0-9][ \-]?[0-9]{4}[ \-]?[0-9]{4}(?![0-9A-Za-z_]|[.\-][0-9])"
+)
+_COUNTRY = (  # ITU-T E.164, assigned codes
+    rb"(?:1|2(?:0|1[12368]|[2346][0-9]|5[0-8]|7|9[01789])|3(?:[0-469]|5[0-9]|7[0-9]|8[0-35-79])"
+    rb"|4(?:[013-9]|2[013])|5(?:0[0-9]|[1-8]|9[0-9])|6(?:[0-6]|7[02-9]|8[0-35-9]|9[0-2])|7"
+    rb"|8(?:0[08]|[1246]|5[02356]|7[08]|8[0-3689])|9(?:[0-58]|6[0-8]|7[0-79]|9[2-68]))"
 )
 _E164: Final = re.compile(
     rb"\+"
@@ -134,29 +145,42 @@ _E164: Final = re.compile(
 )
 _CN_ID: Final = re.compile(rb"[1-9][0-9]{16}[0-9Xx](?![0-9A-Za-z_])")
 _CARD: Final = re.compile(
-    rb"(?:[0-9]{13,19}|[0-9]{4}([ \-])[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?|3[47][0-9]{2}([ \-])[0-9]{6}\2[0-9]{5})"
-    rb"(?![0-9A-Za-z_]|[ .\-][0-9])"
+    rb"(?:[0-9]{13,19}|[0-9]{4}([ \-])[0-9]{4}\1[0-9]{4}\1[0-9]{1,4}(?:\1[0-9]{1,3})?"
+    rb"|3[47][0-9]{2}([ \-])[0-9]{6}\2[0-9]{5})(?![0-9A-Za-z_]|[ .\-][0-9])"
 )
 _ISSUER: Final = re.compile(  # with the lengths each of them gives
     r"(?:4(?:.{12}|.{15}|.{18})|(?:5[1-5]|2[2-7]).{14}|3[47].{13}|3(?:0[0-5]|[689].).{11}|35.{14}"
     r"|6(?:011|4[4-9].|5..).{12}|62.{14,17})"
 )
-_IBAN: Final = re.compile(rb"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)(?![0-9A-Za-z_])")
+_IBAN: Final = re.compile(
+    rb"[A-Z]{2}[0-9]{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,3})?)(?![0-9A-Za-z_])"
+)
 _IBAN_LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
     {
         country: int(length)
         for country, length in re.findall(
             r"([A-Z]{2})(\d\d)",
-            "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27 DK18 DO28"
-            " EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28 IE22 IL23 IQ23 IS26"
-            " IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22 MK19 MN20 MR27 MT31 MU30 NI28"
-            " NL18 NO15 OM23 PK24 PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24 SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25"
-            " SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30",
+            "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BI27 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DJ27"
+            " DK18 DO28 EE20 EG29 ES24 FI18 FK18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HN28 HR21 HU28"
+            " IE22 IL23 IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 LY25 MC27 MD24 ME22"
+            " MK19 MN20 MR27 MT31 MU30 NI28 NL18 NO15 OM23 PK24 PL28 PS29 PT25 QA29 RO24 RS22 RU33 SA24"
+            " SC31 SD18 SE24 SI19 SK24 SM27 SO23 ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20 YE30",
         )
     }
 )
 _PROVINCES: Final = frozenset(
-    (*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83)
+    (
+        *range(11, 16),
+        *range(21, 24),
+        *range(31, 38),
+        *range(41, 47),
+        *range(50, 55),
+        *range(61, 66),
+        71,
+        81,
+        82,
+        83,
+    )
 )
 
 
@@ -182,7 +206,7 @@ def is_cn_id(text: str) -> bool:
     rest = sum(int(digit) * 2 ** (17 - i) for i, digit in enumerate(text[:17])) % 11
     return (
         int(text[:2]) in _PROVINCES
-        and 1900 <= int(text[6:10]) <= 2100
+        and 1800 <= int(text[6:10]) <= 2100
         and text[17].upper() == "10X98765432"[rest]
     )
 
@@ -190,9 +214,10 @@ def is_cn_id(text: str) -> bool:
 def is_public_ip(text: str) -> bool:
     """Whether an address is well-formed and public."""
     try:
-        return ipaddress.ip_address(text).is_global
+        address = ipaddress.ip_address(text)
     except ValueError:
         return False
+    return address.is_global and not address.is_multicast
 
 
 @dataclass(frozen=True)
@@ -211,7 +236,8 @@ class _Block:
         self._offsets = offsets
 
     def find(self) -> Iterator[tuple[int, int, int, Kind]]:
-        """(text, begin, end, kind) of all spans in order; of those that overlap the first, then the longest."""
+        """(text, begin, end, kind) of all spans in order; of those that overlap the first, then the
+        longest."""
         found = [
             *self._search(np.flatnonzero(self._array == ord("@")), self._email),
             *self._search(self._dotted_quads(), self._ipv4),
@@ -229,9 +255,7 @@ class _Block:
                 start = int(self._offsets[row])
                 yield row, span.begin - start, span.end - start, span.kind
 
-    def _search(
-        self, places: np.ndarray, look: Callable[[int, int, int], _Found | None]
-    ) -> Iterator[_Found]:
+    def _search(self, places: np.ndarray, look: Callable[[int, int, int], _Found | None]) -> Iterator[_Found]:
         """What `look(place, begin of its text, end of its text)` finds at places."""
         rows = np.searchsorted(self._offsets, places, side="right") - 1
         begins, ends = self._offsets[rows], self._offsets[rows + 1]
@@ -243,8 +267,10 @@ class _Block:
         return (self._array >= ord("0")) & (self._array <= ord("9"))
 
     def _starts(self, is_in: np.ndarray) -> np.ndarray:
-        """First positions of the runs of true values."""
-        return np.flatnonzero(is_in & ~np.concatenate([[False], is_in[:-1]]))
+        """First positions of the runs of true values; a run ends with its text."""
+        follows = np.concatenate([[False], is_in[:-1]])
+        follows[self._offsets[:-1][np.diff(self._offsets) > 0]] = False
+        return np.flatnonzero(is_in & ~follows)
 
     def _dotted_quads(self) -> np.ndarray:
         """Dots with digits on both sides and two more such dots within 8 bytes: the digit run before each."""
@@ -255,7 +281,8 @@ class _Block:
         return np.unique(starts[np.searchsorted(starts, first) - 1]) if len(first) else first
 
     def _hex_groups(self) -> np.ndarray:
-        """Where a group of a public IPv6 address may start: 2 or 3, three bytes more, a colon, a digit or a colon."""
+        """Where a group of a public IPv6 address may start: 2 or 3, three bytes more, a colon, a digit or a
+        colon."""
         colons = np.flatnonzero(self._array == ord(":"))
         colons = colons[colons >= 4]
         leads = self._array[colons - 4]
@@ -278,6 +305,10 @@ class _Block:
         """Whether the byte before a place, in its text, matches."""
         return place > begin and pattern.match(self._data, place - 1, place) is not None
 
+    def _starts_line(self, place: int, begin: int) -> bool:
+        before = self._data[max(begin, place - 40) : place].rstrip(b" \t")
+        return not before or before.endswith(b"\n")
+
     def _email(self, at: int, begin: int, end: int) -> _Found | None:
         local = _LOCAL.search(self._data, max(begin, at - 64), at)
         domain = _DOMAIN.match(self._data, at + 1, end)
@@ -291,7 +322,8 @@ class _Block:
             match is None
             or self._follows(_WORD, place, begin)
             or self._follows(_JOIN, place, begin)
-            or _VERSION.search(self._data, max(begin, place - 10), place)
+            or _NUMBERED.search(self._data, max(begin, place - 10), place)
+            or (_LISTED.match(self._data, match.end(), end) and self._starts_line(place, begin))
             or not is_public_ip(match[0].decode())
         ):
             return None
@@ -331,4 +363,6 @@ class _Block:
         match = _IBAN.match(self._data, place, end)
         if match is None or self._follows(_WORD, place, begin):
             return None
-        return _Found(place, match.end(), Kind.IBAN) if is_iban(match[0].replace(b" ", b"").decode()) else None
+        return (
+            _Found(place, match.end(), Kind.IBAN) if is_iban(match[0].replace(b" ", b"").decode()) else None
+        )

@@ -14,8 +14,8 @@ import numpy as np
 
 from megatron_b2.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_b2.data.manifest import Counts, Tally
-from megatron_b2.documents.shards import Piece
 from megatron_b2.documents import Document, ReadReport, read_documents, read_line_range
+from megatron_b2.documents.shards import Piece
 from megatron_b2.documents.texts import Texts
 from megatron_b2.files.atomic import write_json
 from megatron_b2.tokenizer import Tokenizer, load_tokenizer
@@ -84,6 +84,12 @@ def finished_shard(job: EncodeJob, shard: Shard) -> Tally | None:
         return None  # encoded under "skip"; now its malformed record must end the run
     written = (part.num_documents, part.num_tokens)
     return tally if written == (tally.total.documents, tally.total.tokens) else None
+
+
+def fresh_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer as it is now; the shards that this process encodes share it."""
+    _tokenizer.cache_clear()
+    return _tokenizer(path)
 
 
 @lru_cache(maxsize=1)

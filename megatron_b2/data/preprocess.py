@@ -25,14 +25,21 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal
 
-from megatron_b2.data.encode import EncodeJob, Shard, encode_shard, finished_shard, part_prefix
+from megatron_b2.data.encode import (
+    EncodeJob,
+    Shard,
+    encode_shard,
+    finished_shard,
+    fresh_tokenizer,
+    part_prefix,
+)
 from megatron_b2.data.indexed import bin_path, idx_path, merge, token_dtype
 from megatron_b2.data.manifest import InputFile, Manifest, Tally, manifest_path, read_manifest, write_manifest
-from megatron_b2.documents.shards import ScannedFile, plan_shards, scan_file, shard_bytes
 from megatron_b2.documents import expand_inputs
+from megatron_b2.documents.shards import ScannedFile, plan_shards, scan_file, shard_bytes
 from megatron_b2.errors import DataError, InputError
 from megatron_b2.files.atomic import sync_folder, write_json
-from megatron_b2.tokenizer import Tokenizer, load_tokenizer
+from megatron_b2.tokenizer import Tokenizer
 
 JOB_VERSION = 1
 _PUBLISHING = "publishing"
@@ -77,7 +84,7 @@ def preprocess(
     """
     if workers < 1:
         raise InputError(f"--workers {workers} must be at least 1")
-    model = load_tokenizer(tokenizer)
+    model = fresh_tokenizer(tokenizer)
     paths = expand_inputs(inputs)
     if target_bytes is None:
         target_bytes = shard_bytes(sum(path.stat().st_size for path in paths))
@@ -94,9 +101,7 @@ def preprocess(
         fingerprint = _fingerprint(files, model, job, target_bytes)
         done = _existing_output(output, fingerprint, job, overwrite=overwrite)
         if done is not None:
-            return PreprocessResult(
-                manifest=done, num_shards=0, reused_shards=0, already_done=True, slow_because=model.slow_because
-            )
+            return PreprocessResult(done, 0, 0, already_done=True, slow_because=model.slow_because)
         with _parts_folder(job.parts, fingerprint):
             shards = [
                 Shard(i, pieces) for i, pieces in enumerate(plan_shards(files, target_bytes=target_bytes))
@@ -113,11 +118,7 @@ def preprocess(
             progress("join", 1, 1)
     shutil.rmtree(job.parts)
     return PreprocessResult(
-        manifest=manifest,
-        num_shards=len(shards),
-        reused_shards=reused,
-        already_done=False,
-        slow_because=model.slow_because,
+        manifest, len(shards), reused, already_done=False, slow_because=model.slow_because
     )
 
 

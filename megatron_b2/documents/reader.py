@@ -120,22 +120,13 @@ def _account(
 
 
 def make_document(record: dict[str, Any], *, text_key: str, path: Path, line: int) -> Document:
-    """Check one record and turn it into a Document; raises MalformedError with the reason."""
+    """Check one record, whose text is Unicode, and turn it into a Document; raises MalformedError."""
     if text_key not in record:
         keys = ", ".join(map(repr, list(record)[:8])) or "none"
         raise MalformedError(line, f"no key {text_key!r} (keys: {keys})")
     text = record[text_key]
     if not isinstance(text, str):
         raise MalformedError(line, f"{text_key!r} is {_kind(text)}, not a string")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise MalformedError(
-                line,
-                f"{text_key!r} holds a lone surrogate U+{ord(text[error.start]):04X} at character "
-                f"{error.start}",
-            ) from None
     language = record.get("language")
     source = record.get("source")
     identifier = record.get("id")
@@ -209,18 +200,23 @@ def _parse_lines(
 def _parse_line(raw: bytes, *, number: int, text_key: str, path: Path) -> Document:
     try:
         record = orjson.loads(raw)
+        # An integer of more than 64 bits, which an id may be or hold, has become a float.
+        exact = not isinstance(record, dict) or isinstance(record.get("id"), str | int | None)
     except orjson.JSONDecodeError:
+        exact = False
+    if not exact:
         record = _parse_json(raw, number)
     if not isinstance(record, dict):
         raise MalformedError(number, f"the record is {_kind(record)}, not an object")
-    if isinstance(record.get("id"), float):  # orjson makes floats of integers above 64 bits
-        record = _parse_json(raw, number)
-    return make_document(record, text_key=text_key, path=path, line=number)
+    document = make_document(record, text_key=text_key, path=path, line=number)
+    if not exact:
+        _check_unicode(document.text, text_key, number)
+    return document
 
 
 def _parse_json(raw: bytes, number: int) -> Any:
-    """The record by Python's own parser, which takes a little more than orjson (NaN, lone surrogates, integers
-    above 64 bits) and says what is wrong with the rest."""
+    """The record by Python's own parser, which is slower than orjson, takes more (NaN, lone surrogates,
+    numbers of any size) and says what is wrong with the rest."""
     try:
         return json.loads(raw.rstrip(b"\r\n").decode())
     except UnicodeDecodeError as error:
@@ -229,6 +225,15 @@ def _parse_json(raw: bytes, number: int) -> Any:
         raise MalformedError(number, f"not valid JSON at column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise MalformedError(number, f"not readable as JSON: {error}") from None
+
+
+def _check_unicode(text: str, text_key: str, number: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, place = ord(text[error.start]), error.start
+        reason = f"{text_key!r} holds a lone surrogate U+{code:04X} at character {place}"
+        raise MalformedError(number, reason) from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:

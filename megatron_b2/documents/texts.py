@@ -42,7 +42,7 @@ class Texts:
 
     def __iter__(self) -> Iterator[bytes]:
         """The UTF-8 of each text."""
-        data = memoryview(self.data)
+        data = self.data.data
         return (bytes(data[start:end]) for start, end in pairwise(self.offsets.tolist()))
 
     def to_arrow(self) -> pa.Array:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_b2.documents.texts import Texts
 from megatron_b2.errors import TokenizerError
-from megatron_b2.tokenizer.fast_encoder import FastEncoder, control_ids, unsupported
+from megatron_b2.tokenizer.fast_encoder import FastEncoder, Vocabulary
 from megatron_b2.tokenizer.symbols import ASSISTANT_PIECE, BOS_ID, EOS_ID, UNK_ID, USER_PIECE
 
 MODEL_NAME = "tokenizer.model"
@@ -53,7 +53,8 @@ class Tokenizer:
         self.user_id = self.piece_id(USER_PIECE)
         self.assistant_id = self.piece_id(ASSISTANT_PIECE)
         self._space_mark_ids = self._byte_ids(SPACE_MARK)
-        self._silent = frozenset(control_ids(model))
+        self._vocabulary = Vocabulary.of_model(model)
+        self._silent = self._vocabulary.silent_ids
         self._check()
 
     def encode(
@@ -82,12 +83,14 @@ class Tokenizer:
             raise self._encode_error(plain, error) from None
         return [self._encode(text) if SPACE_MARK in text else next(encoded) for text in texts]
 
-    def encode_column(self, texts: Texts, *, eos: bool = False) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def encode_column(
+        self, texts: Texts, *, eos: bool = False
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """`encode` of each of N texts: ids int32 [T] of all behind each other, and where those of each start,
         int64 [N + 1].
 
-        By native code, or by SentencePiece where `slow_because` says why; the ids are the same. Bytes that are
-        not UTF-8 count as U+FFFD. Several threads may call at once.
+        By native code, or by SentencePiece where `slow_because` says why; the ids are the same. Bytes that
+        are not UTF-8 count as U+FFFD. Several threads may call at once.
         """
         if self._fast is not None:
             return self._fast.encode(texts, last_id=EOS_ID if eos else -1)
@@ -95,10 +98,10 @@ class Tokenizer:
         offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
         return np.fromiter(chain.from_iterable(encoded), np.int32, int(offsets[-1])), offsets
 
-    @cached_property
+    @property
     def slow_because(self) -> str:
         """Why `encode_column` cannot use the native encoder for this model; empty when it does."""
-        return unsupported(self.model_bytes)
+        return self._vocabulary.unsupported
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control ids (begin, end, unknown = padding) are left out, broken bytes give U+FFFD.
@@ -125,7 +128,7 @@ class Tokenizer:
 
     @cached_property
     def _fast(self) -> FastEncoder | None:
-        return None if self.slow_because else FastEncoder(self.model_bytes)
+        return None if self.slow_because else FastEncoder(self._vocabulary)
 
     def _encode(self, text: str | bytes) -> list[int]:
         mark: Any = SPACE_MARK if isinstance(text, str) else SPACE_MARK.encode()
@@ -139,9 +142,9 @@ class Tokenizer:
         except (RuntimeError, TypeError, UnicodeEncodeError) as error:
             raise self._encode_error([text], error) from None
 
-    def _encode_error(self, texts: Sequence[str], error: Exception) -> TokenizerError:
+    def _encode_error(self, texts: Sequence[str | bytes], error: Exception) -> TokenizerError:
         for text in texts:
-            for i, character in enumerate(text):
+            for i, character in enumerate(text if isinstance(text, str) else ""):
                 if "\ud800" <= character <= "\udfff":
                     return TokenizerError(
                         f"the text has a lone surrogate U+{ord(character):04X} at character {i}, which is "

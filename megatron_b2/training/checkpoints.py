@@ -14,6 +14,7 @@ from megatron_b2.checkpoint.store import CheckpointReader, save_checkpoint
 from megatron_b2.checkpoint.weights import model_differences
 from megatron_b2.config.encode import to_dict, to_toml
 from megatron_b2.config.schema import RunConfig
+from megatron_b2.data.blended import BlendedDataset
 from megatron_b2.engine.base import Engine
 from megatron_b2.errors import CheckpointError
 from megatron_b2.files.atomic import sync_folder
@@ -22,6 +23,8 @@ from megatron_b2.training.events import RunState
 
 CONFIG_FILE = "config.toml"
 TOKENIZER_FILE = "tokenizer.model"
+DATA_STATE = "data_state"
+"""Entry of a checkpoint's meta, of runs with data.phases."""
 MILESTONES = "milestones"
 """Folder beside the checkpoints with a link to each token milestone."""
 
@@ -29,8 +32,9 @@ MILESTONES = "milestones"
 class RunCheckpoints:
     """The checkpoints of one run, in `output_dir/checkpoints`. All methods that do something are collective.
 
-    `data_fingerprint` and `tokenizer_fingerprint` are stored and compared on resume; `tokenizer_model` is the
-    SentencePiece file, copied beside the weights so that a checkpoint can write text on its own.
+    `data`, by its fingerprint and the phases consumed, and `tokenizer_fingerprint` are stored and compared on
+    resume; `tokenizer_model` is the SentencePiece file, copied beside the weights so that a checkpoint can
+    write text on its own.
     """
 
     def __init__(
@@ -38,14 +42,15 @@ class RunCheckpoints:
         config: RunConfig,
         *,
         comm: Comm,
-        data_fingerprint: str,
+        data: BlendedDataset,
         tokenizer_fingerprint: str | None,
         tokenizer_model: bytes | None,
     ) -> None:
         self._config = config
         self._comm = comm
+        self._data = data
         self._fingerprints = {
-            "data_fingerprint": data_fingerprint,
+            "data_fingerprint": data.fingerprint,
             "tokenizer_fingerprint": tokenizer_fingerprint,
         }
         self._files = {CONFIG_FILE: to_toml(config).encode()}
@@ -60,8 +65,9 @@ class RunCheckpoints:
     def find(self) -> CheckpointReader | None:
         """The checkpoint to resume from, none for a fresh run; nothing is written.
 
-        Raises CheckpointError when the newest whole checkpoint is of another model, other data or another
-        batch size, or when there is one and `checkpoint.resume` is "never".
+        Raises CheckpointError when the newest whole checkpoint is of another model, other data, another batch
+        size or a phase of the data that has changed since, or when there is one and `checkpoint.resume` is
+        "never".
         """
         if self._config.checkpoint.resume == "never":
             occupied: bool = self._comm.all_gather_object(self.root.is_dir() and any(self.root.iterdir()))[0]
@@ -76,6 +82,7 @@ class RunCheckpoints:
             return None
         reader = CheckpointReader(path)
         _require_same_run(reader, self._config, self._fingerprints)
+        self._data.require_consumed(reader.meta.get(DATA_STATE), step=reader.step, checkpoint=path)
         return reader
 
     def attach(self, engine: Engine) -> None:
@@ -138,8 +145,10 @@ class RunCheckpoints:
         return self._engine
 
     def _meta(self, state: RunState) -> Mapping[str, Any]:
+        data = self._data.state(state.step)
         return {
             **self._fingerprints,
+            **({} if data is None else {DATA_STATE: data}),
             "world_size": self._comm.size,
             "seconds": state.seconds,
             "run": to_dict(self._config),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from megatron_b2.config.encode import to_toml
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.data.blended import BlendedDataset
 from megatron_b2.data.loader import TrainLoader
+from megatron_b2.data.megatron_order import planned_samples
+from megatron_b2.data.splits import Split
 from megatron_b2.engine.base import Engine
 from megatron_b2.engine.build import build_engine, initialize_engine
 from megatron_b2.errors import CheckpointError, TokenizerError
@@ -165,21 +166,14 @@ def open_inputs(
                 f"{config.model.vocab_size}; set model.vocab_size = {tokenizer.vocab_size}"
             )
         fingerprint, model_file = tokenizer.fingerprint, tokenizer.model_bytes
-    open_split = partial(
-        BlendedDataset.build,
-        config.data,
-        seed=config.train.seed,
-        expected_tokenizer=fingerprint,
-        vocab_size=config.model.vocab_size,
-    )
-    train = open_split(split="train")
-    valid = open_split(split="valid") if config.data.split[1] > 0 else None
+    train = open_split(config, "train", expected_tokenizer=fingerprint)
+    valid = open_split(config, "valid", expected_tokenizer=fingerprint) if config.data.split[1] > 0 else None
     if valid is not None:
         count_batches(valid, config=config)
     checkpoints = RunCheckpoints(
         config,
         comm=comm,
-        data_fingerprint=train.fingerprint,
+        data=train,
         tokenizer_fingerprint=fingerprint,
         tokenizer_model=model_file,
     )
@@ -187,6 +181,19 @@ def open_inputs(
     if resume is None and config.checkpoint.init_from is not None:
         _require_same_model(open_weights(config.checkpoint.init_from, comm=comm), config)
     return RunInputs(train=train, valid=valid, checkpoints=checkpoints, resume=resume)
+
+
+def open_split(config: RunConfig, split: Split, *, expected_tokenizer: str | None) -> BlendedDataset:
+    """Open the data of one split."""
+    return BlendedDataset.build(
+        config.data,
+        split=split,
+        seed=config.train.seed,
+        expected_tokenizer=expected_tokenizer,
+        vocab_size=config.model.vocab_size,
+        global_batch_size=config.train.global_batch_size,
+        planned_samples=planned_samples(config, split),
+    )
 
 
 def completed_summary(config: RunConfig, *, inputs: RunInputs, comm: Comm) -> dict[str, Any] | None:

@@ -66,7 +66,9 @@ def test_phases_are_tables_and_survive_a_round_trip(tmp_path: Path) -> None:
 
 def test_mistakes_are_named_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text(PHASED.replace("weight = 0.1", "wait = 0.1").replace("from_step = 100", 'from_step = "x"'))
+    path.write_text(
+        PHASED.replace("weight = 0.1", "wait = 0.1").replace("from_step = 100", 'from_step = "x"')
+    )
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     text = str(caught.value)
@@ -144,7 +146,9 @@ def test_a_seed_that_numpy_cannot_take() -> None:
     data = DataConfig(sources=(ZH,), **MEGATRON)  # type: ignore[arg-type]
     assert find_problems(replace(toy, data=data)) == []
     wrong = replace(toy, data=data, train=replace(toy.train, seed=2**32))
-    assert find_problems(wrong) == ['train.seed = 4294967296 must be less than 2^32 with data.order = "megatron"']
+    assert find_problems(wrong) == [
+        'train.seed = 4294967296 must be less than 2^32 with data.order = "megatron"'
+    ]
 
 
 def test_every_rule_says_what_it_holds() -> None:

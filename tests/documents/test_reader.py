@@ -100,6 +100,45 @@ def test_malformed_record(tmp_path: Path, line: bytes, reason: str) -> None:
     assert report.messages[0].startswith(f"{path}:2: ")
 
 
+@pytest.mark.parametrize(
+    ("line", "text", "identifier"),
+    [
+        (b'{"text": "a", "score": NaN, "other": [-Infinity, 1e999]}', "a", ""),
+        (b'{"text": "a", "id": 123456789012345678901234567890}', "a", "123456789012345678901234567890"),
+        (b'{"text": "a", "id": 18446744073709551615}', "a", "18446744073709551615"),
+        (b'{"text": "a", "id": -1.50}', "a", "-1.5"),
+        (b'{"text": "a", "id": [18446744073709551616]}', "a", "[18446744073709551616]"),
+        (b'{"text": "first", "text": "last"}', "last", ""),
+        (b'{"text": "\\ud83d\\ude00\\u0000", "id": true}', "\U0001f600\0", "True"),
+        (b' {"text": "a", "deep": ' + b"[" * 500 + b"]" * 500 + b"} \t", "a", ""),
+    ],
+)
+def test_what_pythons_parser_takes_is_taken(tmp_path: Path, line: bytes, text: str, identifier: str) -> None:
+    assert json.loads(line)["text"] == text
+    (document,) = read_documents([write(tmp_path / "x.jsonl", line)])
+    assert (document.text, document.id) == (text, identifier)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+KEYS = st.sampled_from(["text", "id", "language", "source", "x"])
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(record=st.dictionaries(KEYS, VALUES), text=st.text(min_size=1), ascii_only=st.booleans())
+def test_any_record_is_read_as_pythons_parser_reads_it(
+    tmp_path: Path, record: dict[str, object], text: str, ascii_only: bool
+) -> None:
+    line = json.dumps({**record, "text": text}, ensure_ascii=ascii_only)
+    (document,) = read_documents([write(tmp_path / "x.jsonl", line.encode())])
+    expected = json.loads(line)
+    assert document.text == expected["text"]
+    assert document.id == ("" if expected.get("id") is None else str(expected["id"]))
+    language, source = expected.get("language"), expected.get("source")
+    assert document.language == (language if isinstance(language, str) and language else "und")
+    assert document.source == (source if isinstance(source, str) else "")
+
+
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 0.999])
 def test_truncated_archive(tmp_path: Path, name: str, share: float) -> None:

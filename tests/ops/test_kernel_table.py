@@ -15,6 +15,7 @@ import torch
 from megatron_b2.errors import InputError
 from megatron_b2.testing.kernels import table
 from megatron_b2.testing.kernels.ahead_of_time import Case, Compiled, compile_cases
+from megatron_b2.testing.kernels.attention import HEAD_DIMS
 from megatron_b2.testing.kernels.binary import LIMITS, ctas_per_sm, occupancy, parse_dump, read_binary
 from megatron_b2.testing.kernels.cuda_binaries import readable
 from megatron_b2.testing.kernels.table import Row, broken_rules, markdown, read_table, triton_rows, worse
@@ -183,6 +184,33 @@ def test_every_rule_can_be_broken(change: dict[str, object], complaint: str) -> 
     (message,) = broken_rules(replace(good, kernel=replace(GOOD, **change)))
     assert message.startswith("swiglu | 7B | TP 1 | sm_80 | scale 0: ")
     assert complaint in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "complaint"),
+    [
+        ("head_dim 88", {"spills": 1}, "1 spills"),
+        ("head_dim 152 packed", {"stack": 8}, "8 bytes of stack"),
+        ("head_dim 104", {"accesses": {"16": 64, "128": 8}}, "64 accesses of 16 bits"),
+        ("head_dim 144", {"hmma": 0}, "no tensor-core instruction"),
+        ("head_dim 160 packed fp32", {"spills": 2}, "2 spills"),
+        ("head_dim 160 packed fp32", {"hmma": 64}, "64 tensor-core instructions, which round fp32 to TF32"),
+    ],
+)
+def test_no_width_and_no_type_of_attention_is_exempt(
+    shape: str, change: dict[str, object], complaint: str
+) -> None:
+    kernel = replace(GOOD, dots=4, hmma=0 if shape.endswith("fp32") else 64, accesses={"32": 8, "128": 8})
+    good = Row("causal_attention", shape, 1, 0, (4,), kernel)
+    assert broken_rules(good) == []
+    (message,) = broken_rules(replace(good, kernel=replace(kernel, **change)))
+    assert message.endswith(f"scale 0: {complaint}")
+
+
+def test_attention_is_in_the_table_in_every_width_and_type() -> None:
+    shapes = {v.shape for v in variants() if v.op == "causal_attention"}
+    others = {f"head_dim {width}" for width in HEAD_DIMS if width != 128}
+    assert {x + form for x in ("13B", *others) for form in ("", " packed", " packed fp32")} <= shapes
 
 
 def test_values_of_a_row_are_no_wide_accesses() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import sysconfig
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_b2.documents.texts import Texts
 from megatron_b2.tokenizer import Tokenizer
-from megatron_b2.tokenizer.fast_encoder import FastEncoder, unsupported
+from megatron_b2.tokenizer.fast_encoder import FastEncoder, Vocabulary
 from megatron_b2.tokenizer.training import TrainOptions, train_tokenizer
 
 from .conftest import WORDS, make_documents
@@ -34,7 +32,7 @@ class Pair:
 
     def __init__(self, model: bytes) -> None:
         self.model = model
-        self.fast = FastEncoder(model)
+        self.fast = FastEncoder(Vocabulary.of_model(model))
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.mark = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in MARK]
 

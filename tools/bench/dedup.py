@@ -38,9 +38,12 @@ import numpy as np
 import tyro
 from peers.dedup import CJK, NGRAM, SYSTEMS
 
-from megatron_b2.corpus.neighbours.minhash import words
+from megatron_b2.corpus.neighbours.lsh import candidate_pairs, distinct_pairs, records
+from megatron_b2.corpus.neighbours.minhash import signatures, words
 from megatron_b2.corpus.neighbours.settings import NearDuplicates
+from megatron_b2.corpus.neighbours.verify import ShingleSets, verified
 from megatron_b2.documents import JsonlWriter, read_documents
+from megatron_b2.documents.texts import Texts
 from megatron_b2.testing.measure import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,10 +54,10 @@ import pyarrow.compute
 from megatron_b2.corpus.neighbours.clusters import near_duplicates
 from megatron_b2.corpus.neighbours.settings import NearDuplicates
 from megatron_b2.documents.texts import Texts
-_, sample, result, _ = sys.argv[1:]
+bands, rows, _, sample, result, _ = sys.argv[1:]
 texts = [json.loads(line)["text"] for line in open(sample, encoding="utf-8")]
 cpu, wall = time.process_time(), time.perf_counter()
-clusters = near_duplicates(Texts.of(texts), NearDuplicates())
+clusters = near_duplicates(Texts.of(texts), NearDuplicates(bands=int(bands), rows=int(rows)))
 facts = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 facts["peak_mb"] = int(status["VmHWM"].split()[0]) / 1024
@@ -63,6 +66,9 @@ json.dump({**facts, "version": "", "clusters": clusters.tolist()}, open(result, 
 THREADS = ("OMP", "RAYON", "OPENBLAS", "MKL", "POLARS_MAX", "TOKENIZERS")
 CHINESE, ENGLISH = (("zh-Hans", "zh-Hant"), 16.4e6), (("en",), 35.1e6)
 SCRIPTS = ("zh", "mixed", "en")
+BANDS = ((16, 8), (20, 6))
+"""Of ours: those of the peers, and some that find more."""
+PLANTED, PLANTED_PAIRS = (0.6, 0.7, 0.75, 0.82, 0.85, 0.9, 0.95), 1000
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,12 @@ def main() -> None:
         folder = Path(name)
         texts = sample(options.corpus, folder / "sample.jsonl")
         truth = exact_pairs(texts)
-        rows = [row("ours", run_rounds(options.rounds, folder), texts, truth)]
+        rows = [
+            row(
+                f"ours, {shape[0]} bands of {shape[1]}", run_ours(shape, options.rounds, folder), texts, truth
+            )
+            for shape in BANDS
+        ]
         for system in peers:
             print(f"running {system}", file=sys.stderr)
             facts = run([str(options.peers), str(PEERS)], system, folder)
@@ -128,9 +139,13 @@ def main() -> None:
         f"({pairs}); {differing} documents have other words in ours than in the truth"
     )
     facts = machine("numpy", "pyarrow")
-    print(f"{title} · {facts}\n\n{markdown(rows)}\n\n{s_curve(truth)}")
+    print(f"{title} · {facts}\n\n{markdown(rows)}\n\n{s_curves(truth)}\n")
+    made = planted(texts, truth)
+    print(planted_markdown(made))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": facts, "title": title, "rows": rows}, indent=2) + "\n")
+    options.out.write_text(
+        json.dumps({"machine": facts, "title": title, "rows": rows, "planted": made}, indent=2) + "\n"
+    )
 
 
 def sample(corpus: Path, path: Path) -> list[str]:
@@ -223,9 +238,10 @@ def script(text: str) -> str:
     return "zh" if share > 0.8 else "mixed" if share > 0.05 else "en"
 
 
-def run_rounds(rounds: int, folder: Path) -> list[dict[str, Any]]:
+def run_ours(shape: tuple[int, int], rounds: int, folder: Path) -> list[dict[str, Any]]:
     """Our own system, in fresh processes."""
-    return [run([sys.executable, "-c", OURS], "ours", folder) for _ in range(rounds)]
+    command = [sys.executable, "-c", OURS, *map(str, shape)]
+    return [run(command, "ours", folder) for _ in range(rounds)]
 
 
 def run(command: Sequence[str], system: str, folder: Path) -> dict[str, Any]:
@@ -276,6 +292,55 @@ def precision(clusters: np.ndarray, truth: Truth) -> float:
     return sum(document in partnered for document in removed) / max(1, len(removed))
 
 
+def planted(texts: Sequence[str], truth: Truth) -> list[dict[str, Any]]:
+    """Pairs made to have a similarity: 200 words of the sample, of which they share the first ones."""
+    chance, settings = random.Random(0), NearDuplicates()
+    rows = []
+    for name in SCRIPTS:
+        documents = [text for text, script in zip(texts, truth.script, strict=True) if script == name]
+        pool = [word for text in chance.sample(documents, 500) for word in true_words(text)]
+        for target in PLANTED:
+            shared = round(2 * target * 196 / (1 + target)) + 4
+            column = []
+            for _ in range(PLANTED_PAIRS):
+                head = chance.choices(pool, k=shared)
+                column += [" ".join(head + chance.choices(pool, k=200 - shared)) for _ in range(2)]
+            partitions = records(signatures(Texts.of(column), settings), settings, first_document=0, ranges=1)
+            pairs = distinct_pairs([candidate_pairs([table], settings) for table in partitions])
+            sets = ShingleSets.of(Texts.of(column), np.arange(len(column)), settings)
+            every = np.arange(len(column)).reshape(-1, 2)
+            true = {tuple(pair) for pair in verified(every, [sets], settings).pairs.tolist()}
+            found = {tuple(pair) for pair in verified(pairs, [sets], settings).pairs.tolist()}
+            compared = {tuple(pair) for pair in pairs.tolist()} & {tuple(pair) for pair in every.tolist()}
+            rows.append(
+                {
+                    "script": name,
+                    "similarity": target,
+                    "compared": len(compared) / PLANTED_PAIRS,
+                    "expected": float(settings.probability(target)),
+                    "duplicates": len(true),
+                    "found": len(found & true),
+                    "false": len(found - true),
+                }
+            )
+    return rows
+
+
+def planted_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each similarity, the scripts beside each other."""
+    lines = [
+        "| similarity | S-curve | "
+        + " | ".join(f"{n}: compared | duplicates found | false" for n in SCRIPTS)
+        + " |",
+        "|---|---|" + "---|---|---|" * len(SCRIPTS),
+    ]
+    for target in PLANTED:
+        same = [row for row in rows if row["similarity"] == target]
+        cells = (f"{r['compared']:.3f} | {r['found']} of {r['duplicates']} | {r['false']}" for r in same)
+        lines.append(f"| {target:.2f} | {same[0]['expected']:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def removed_documents(clusters: np.ndarray) -> Iterator[int]:
     """All documents but the first of each cluster."""
     seen: set[int] = set()
@@ -301,23 +366,21 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def s_curve(truth: Truth) -> str:
+def s_curves(truth: Truth) -> str:
     """What our bands promise, for any corpus and for the true pairs of this one."""
-    settings = NearDuplicates()
-    points = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]
-    return "\n".join(
-        [
-            f"S-curve of {settings.bands} bands of {settings.rows} rows",
-            "",
-            "| similarity | " + " | ".join(f"{point:.2f}" for point in points) + " |",
-            "|---" * (len(points) + 1) + "|",
-            "| compared | " + " | ".join(f"{settings.probability(p):.4f}" for p in points) + " |",
-            "",
-            f"Mean above {settings.threshold}: {settings.expected_recall():.4f}; below: "
-            f"{settings.expected_waste():.4f}; over the true pairs of this sample: "
-            f"{settings.probability(truth.jaccard).mean():.4f}.",
-        ]
-    )
+    points = [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95]
+    lines = [
+        "| chance to be compared | "
+        + " | ".join(f"{point:.2f}" for point in points)
+        + " | mean below the threshold | above | true pairs |",
+        "|---" * (len(points) + 4) + "|",
+    ]
+    for bands, rows in BANDS:
+        settings = NearDuplicates(bands=bands, rows=rows)
+        chances = [*settings.probability(np.array(points)), settings.expected_waste()]
+        chances += [settings.expected_recall(), settings.probability(truth.jaccard).mean()]
+        lines.append(f"| {bands} bands of {rows} | " + " | ".join(f"{c:.4f}" for c in chances) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Speed of the native encoder against SentencePiece and Hugging Face's tokenizers, in one run on one core.
 
-Texts are in memory and go in batches of about a megabyte; each encoder gives arrays or lists of ids. Seconds are
-user + system time of this process. "new" is a native encoder that has seen no text; "again" is the same encoder on the
-same texts a second time, as in a corpus much larger than its cache of chunks. The ids are compared, too.
+Texts are in memory and go in batches of about a megabyte; each encoder gives arrays or lists of ids. Seconds
+are user + system time of this process. "new" is a native encoder that has seen no text; "again" is the same
+encoder on the same texts a second time, as in a corpus much larger than its cache of chunks. The ids are
+compared, too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megatron_b2.documents import read_documents
 from megatron_b2.documents.texts import Texts
 from megatron_b2.testing.measure import machine
 from megatron_b2.tokenizer import Tokenizer, load_tokenizer
-from megatron_b2.tokenizer.fast_encoder import FastEncoder
+from megatron_b2.tokenizer.fast_encoder import FastEncoder, Vocabulary
 from megatron_b2.tokenizer.hf import fast_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -133,13 +134,15 @@ def measure(name: str, texts: Sequence[str], tokenizer: Tokenizer, rounds: int) 
         return lambda part: encoder.encode(columns[id(part)])[0].size
 
     candidates: dict[str, Encode] = {
-        "SentencePiece": lambda part: sum(map(len, processor.encode(part, num_threads=1, return_type="numpy"))),
+        "SentencePiece": lambda part: sum(
+            map(len, processor.encode(part, num_threads=1, return_type="numpy"))
+        ),
         "tokenizers": lambda part: sum(len(e.ids) for e in fast.encode_batch_fast(part)),
     }
     megabytes = sum(column.num_bytes for column in columns.values()) / 1e6
     rows = {key: Row(name, key, megabytes) for key in (*candidates, "native, new", "native, again")}
     for _ in range(rounds):
-        encode = native(FastEncoder(tokenizer.model_bytes))
+        encode = native(FastEncoder(Vocabulary.of_model(tokenizer.model_bytes)))
         for key, call in (*candidates.items(), ("native, new", encode), ("native, again", encode)):
             start = time.process_time()
             rows[key].tokens = sum(map(call, parts))
@@ -150,11 +153,15 @@ def measure(name: str, texts: Sequence[str], tokenizer: Tokenizer, rounds: int) 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table for docs/benchmarks.md."""
     rates = {row.group: row.rate for row in rows if row.encoder == "SentencePiece"}
-    lines = ["| text | MB | encoder | MB per CPU second | / SentencePiece | tokens |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| text | MB | encoder | MB per CPU second | / SentencePiece | tokens |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         ratio = row.rate / rates[row.group]
         lines.append(
-            f"| {row.group} | {row.megabytes:.1f} | {row.encoder} | {row.rate:.1f} | {ratio:.1f} | {row.tokens:,} |"
+            f"| {row.group} | {row.megabytes:.1f} | {row.encoder} | {row.rate:.1f} "
+            f"| {ratio:.1f} | {row.tokens:,} |"
         )
     return "\n".join(lines)
 

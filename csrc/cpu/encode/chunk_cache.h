@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <string_view>
 
 #include "encode/ids.h"
 
@@ -33,21 +34,24 @@ class ChunkCache {
     places_ = reinterpret_cast<Place*>((address + sizeof(Place) - 1) / sizeof(Place) * sizeof(Place));
   }
 
-  // Key of the `length` bytes at `text`, 1 to kMaxBytes; `limit` is the end of readable memory.
-  static Key key(const char* text, std::size_t length, const char* limit) {
+  // Key of a chunk of 1 to kMaxBytes bytes; `limit` is the end of readable memory.
+  static Key key(std::string_view chunk, const char* limit) {
     Key key{};
-    if (limit - text >= static_cast<std::ptrdiff_t>(sizeof key)) {
-      std::memcpy(&key, text, sizeof key);
+    if (limit - chunk.data() >= static_cast<std::ptrdiff_t>(sizeof key)) {
+      std::memcpy(&key, chunk.data(), sizeof key);
       for (std::size_t i = 0; i < Words; ++i) {
-        const std::size_t bytes = length > 8 * i ? length - 8 * i : 0;
+        const std::size_t bytes = chunk.size() > 8 * i ? chunk.size() - 8 * i : 0;
         if (bytes < 8) key.words[i] &= (std::uint64_t{1} << 8 * bytes) - 1;
       }
     } else {
-      std::memcpy(&key, text, length);
+      std::memcpy(&key, chunk.data(), chunk.size());
     }
-    key.words[Words - 1] |= static_cast<std::uint64_t>(length) << 56;
+    key.words[Words - 1] |= static_cast<std::uint64_t>(chunk.size()) << 56;
     return key;
   }
+
+  // Begins to load what `find` will read.
+  void fetch(const Key& key) const { __builtin_prefetch(&places_[index(key)]); }
 
   // Appends the ids of the chunk if they are known.
   bool find(const Key& key, Ids& out) const {

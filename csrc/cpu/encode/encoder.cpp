@@ -1,6 +1,7 @@
 #include "encode/encoder.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 namespace b2::encode {
@@ -9,7 +10,8 @@ namespace {
 
 constexpr std::string_view kSpaceMarkText = "\xE2\x96\x81";
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
-constexpr int kBlock = 64;
+constexpr int kBlock = 64;          // ASCII characters looked at together
+constexpr std::size_t kBatch = 32;  // chunks encoded together
 
 // ASCII characters at the start of the text, up to kBlock.
 int ascii_run(const char* text, const char* end) {
@@ -66,9 +68,19 @@ void Encoder::encode_part(std::string_view part, const char* limit, Ids& out) {
 Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit, Ids& out) {
   const char* const end = part.data() + part.size();
   const char* begin = part.data();  // of the chunk
+  std::array<Item, kBatch> items;
+  std::size_t num_items = 0;
   bool taken_apart = false;
+  const auto encode_batch = [&]() {
+    taken_apart |= !encode_items(items.data(), num_items, limit, out);
+    num_items = 0;
+  };
+  const auto add = [&](const Item& item) {
+    items[num_items++] = item;
+    if (num_items == kBatch) encode_batch();
+  };
   const auto cut = [&](const char* at) {
-    taken_apart |= at > begin && !encode_chunk({begin, static_cast<std::size_t>(at - begin)}, limit, out);
+    if (at > begin) add({{begin, static_cast<std::size_t>(at - begin)}, 0});
     begin = at;
   };
   const auto take_user_symbol = [&](const char* at) {
@@ -76,7 +88,7 @@ Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit
     const std::size_t length = model_.match_user_symbol(at, end, id);
     if (length == 0) return false;
     cut(at);
-    out.push(id);
+    add({{}, id});
     begin = at + length;
     return true;
   };
@@ -114,10 +126,33 @@ Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit
     }
   }
   cut(end);
+  encode_batch();
   return taken_apart ? Outcome::kTakenApart : Outcome::kDone;
 }
 
-// False when an unused piece came out.
+// Appends the ids of all items; false when an unused piece came out. The caches are larger than those of the
+// processor, so the places of all items are fetched before the first is needed.
+bool Encoder::encode_items(const Item* items, std::size_t count, const char* limit, Ids& out) {
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::string_view chunk = items[i].chunk;
+    if (chunk.empty()) continue;
+    if (chunk.size() <= short_.kMaxBytes) {
+      short_.fetch(short_.key(chunk, limit));
+    } else if (chunk.size() <= words_.kMaxBytes) {
+      words_.fetch(words_.key(chunk, limit));
+    }
+  }
+  bool whole = true;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (items[i].chunk.empty()) {
+      out.push(items[i].user_symbol);
+    } else {
+      whole &= encode_chunk(items[i].chunk, limit, out);
+    }
+  }
+  return whole;
+}
+
 bool Encoder::encode_chunk(std::string_view chunk, const char* limit, Ids& out) {
   if (chunk.size() <= short_.kMaxBytes) return encode_cached(chunk, limit, short_, out);
   if (chunk.size() <= words_.kMaxBytes) return encode_cached(chunk, limit, words_, out);
@@ -127,7 +162,7 @@ bool Encoder::encode_chunk(std::string_view chunk, const char* limit, Ids& out) 
 
 template <typename Cache>
 bool Encoder::encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out) {
-  const typename Cache::Key key = Cache::key(chunk.data(), chunk.size(), limit);
+  const typename Cache::Key key = Cache::key(chunk, limit);
   if (cache.find(key, out)) return true;
   const std::size_t size = out.size();
   if (!merger_.encode_chunk(chunk, out)) return false;

@@ -20,8 +20,9 @@ namespace b2::encode {
 // Has a cache of its own: one for each thread.
 class Encoder {
  public:
-  // cache_bits: each of the two caches takes 2^cache_bits x 64 bytes.
-  Encoder(const Model& model, int cache_bits) : model_(model), merger_(model), short_(cache_bits - 3), words_(cache_bits), phrases_(cache_bits) {}
+  // cache_bits: the caches take 2.25 x 2^cache_bits x 64 bytes.
+  Encoder(const Model& model, int cache_bits)
+      : model_(model), merger_(model), short_(cache_bits - 2), words_(cache_bits), phrases_(cache_bits) {}
 
   // Appends the ids of a text that lies in readable memory up to `limit`.
   //
@@ -31,9 +32,15 @@ class Encoder {
 
  private:
   enum class Outcome { kDone, kInvalid, kTakenApart };
+  // A chunk, or, where that is empty, a user-defined symbol.
+  struct Item {
+    std::string_view chunk;
+    std::int32_t user_symbol;
+  };
 
   void encode_part(std::string_view part, const char* limit, Ids& out);
   Outcome encode_chunks(std::string_view part, const char* limit, Ids& out);
+  bool encode_items(const Item* items, std::size_t count, const char* limit, Ids& out);
   bool encode_chunk(std::string_view chunk, const char* limit, Ids& out);
   template <typename Cache>
   bool encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out);
@@ -41,7 +48,7 @@ class Encoder {
   const Model& model_;
   Merger merger_;
   ChunkCache<1, 2, 4> short_;    // chunks of up to 6 bytes
-  ChunkCache<2, 4, 2> words_;    // chunks of up to 14 bytes
+  ChunkCache<2, 4, 2> words_;    // of up to 14
   ChunkCache<5, 6, 1> phrases_;  // of up to 38
 };
 

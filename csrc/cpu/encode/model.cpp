@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
-#include <unordered_map>
 
 namespace b2::encode {
 
@@ -80,14 +79,14 @@ void Model::add_merges(const std::vector<std::string_view>& pieces, const std::u
                        const std::int32_t* ranks) {
   std::vector<std::int32_t> ids;  // of the pieces that merging can give
   std::vector<Spelling> spellings;
-  std::unordered_map<std::string_view, std::int32_t> symbols(2 * pieces.size());
+  TextMap symbols(2 * pieces.size());  // pieces, and characters that are none
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     if (kinds[i] != kNormal && kinds[i] != kUnused) continue;
     Spelling spelling(pieces[i]);
     if (kinds[i] == kUnused && spelling.codes.size() == 1) continue;  // spelled in bytes, as if it were no piece
     unused_[i] = kinds[i] == kUnused;
     any_unused_ |= unused_[i];
-    symbols.emplace(pieces[i], static_cast<std::int32_t>(i));
+    symbols.add(pieces[i], static_cast<std::int32_t>(i));
     ids.push_back(static_cast<std::int32_t>(i));
     spellings.push_back(std::move(spelling));
   }
@@ -101,11 +100,10 @@ void Model::add_merges(const std::vector<std::string_view>& pieces, const std::u
       if (k > 0) pairs.push_back(join(codes[k - 1], codes[k]));
     }
     for (std::size_t k = 1; k < codes.size(); ++k) {
-      const auto left = symbols.find(piece.substr(0, starts[k]));
-      if (left == symbols.end()) continue;
-      const auto right = symbols.find(piece.substr(starts[k]));
-      if (right == symbols.end()) continue;
-      const auto key = join(static_cast<std::uint32_t>(left->second), static_cast<std::uint32_t>(right->second));
+      const std::int32_t* left = symbols.find(piece.substr(0, starts[k]));
+      const std::int32_t* right = left != nullptr ? symbols.find(piece.substr(starts[k])) : nullptr;
+      if (right == nullptr) continue;
+      const auto key = join(static_cast<std::uint32_t>(*left), static_cast<std::uint32_t>(*right));
       merges.push_back({key, Merge{ranks[ids[n]], ids[n]}});
     }
   }
@@ -114,13 +112,12 @@ void Model::add_merges(const std::vector<std::string_view>& pieces, const std::u
   add_pairs(std::move(pairs));
 }
 
-void Model::add_character(std::uint32_t code, std::string_view text,
-                          std::unordered_map<std::string_view, std::int32_t>& symbols) {
+void Model::add_character(std::uint32_t code, std::string_view text, TextMap& symbols) {
   while (code >= characters_.size()) characters_.push_back(static_cast<std::int32_t>(~characters_.size()));
   if (characters_[code] >= 0) return;
-  const auto [found, is_new] = symbols.emplace(text, vocab_size_ + static_cast<std::int32_t>(spelled_.size()));
-  if (is_new) spelled_.push_back(code);
-  characters_[code] = found->second;
+  const std::int32_t next = vocab_size_ + static_cast<std::int32_t>(spelled_.size());
+  characters_[code] = symbols.add(text, next);
+  if (characters_[code] == next) spelled_.push_back(code);
 }
 
 void Model::add_pairs(std::vector<std::uint64_t> distinct) {

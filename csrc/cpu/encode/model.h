@@ -10,11 +10,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "encode/flat_map.h"
 #include "encode/ids.h"
+#include "encode/text_map.h"
 
 namespace b2::encode {
 
@@ -92,8 +92,7 @@ class Model {
   };
 
   void add_merges(const std::vector<std::string_view>& pieces, const std::uint8_t* kinds, const std::int32_t* ranks);
-  void add_character(std::uint32_t code, std::string_view text,
-                     std::unordered_map<std::string_view, std::int32_t>& symbols);
+  void add_character(std::uint32_t code, std::string_view text, TextMap& symbols);
   void add_pairs(std::vector<std::uint64_t> pairs);
   void add_user_symbols(const std::vector<std::string_view>& pieces, const std::uint8_t* kinds);
   std::size_t pair_bit(std::uint32_t left, std::uint32_t right) const {

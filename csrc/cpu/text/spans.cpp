@@ -208,6 +208,16 @@ void sort_all(Records records) {
   sort_records(data, count, 56);
 }
 
+py::array_t<std::int64_t> count_below(const Records& records, const Places& hashes) {
+  const Record* const begin = records.data();
+  const Record* const end = begin + records.size();
+  py::array_t<std::int64_t> counts(hashes.size());
+  std::transform(hashes.data(), hashes.data() + hashes.size(), counts.mutable_data(), [&](std::uint64_t high) {
+    return std::lower_bound(begin, end, high, [](const Record& r, std::uint64_t h) { return r.high < h; }) - begin;
+  });
+  return counts;
+}
+
 // Of sorted records.
 py::array_t<Repeat> find_repeats(const Records& records, std::int64_t more_than) {
   const Record* const begin = records.data();
@@ -605,6 +615,9 @@ void bind_spans(py::module_& m) {
         "Records of the documents, paragraphs, runs of sentences and sentences of N texts; sentence_bytes < 0 and "
         "run_length 0 leave those out. Releases the GIL.");
   m.def("sort_records", &sort_all, py::arg("records").noconvert(), "Sort records [R] in place by (high, low, place).");
+  m.def("count_below", &count_below, py::arg("records").noconvert(), py::arg("hashes").noconvert(),
+        "How many of the sorted records have a `high` below each of the hashes uint64 [H]; reads no more of them than "
+        "it needs.");
   m.def("find_repeats", &find_repeats, py::arg("records").noconvert(), py::kw_only(), py::arg("more_than"),
         "Repeats (place, first place) of sorted records: all but the first of each text that stands there more than "
         "`more_than` times, by place.");

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <string_view>
 
@@ -124,7 +125,7 @@ class WordReader {
     }
   }
 
-  // Words from p_ on, in any script, to the first ASCII character that belongs to none.
+  // Words from p_ on, in any script, to an ASCII character that belongs to none and has another one behind it.
   void other() {
     open_ = Open::None;
     while (p_ < end_) {
@@ -167,7 +168,7 @@ class WordReader {
           break;
         default:
           finish();
-          if (c < 0x80) {
+          if (c < 0x80 && p_ < end_ && static_cast<unsigned char>(*p_) < 0x80) {
             return;
           }
       }

@@ -113,21 +113,7 @@ def train_classifier(
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         source, result = Path(folder) / "examples.txt", Path(folder) / "model.bin"
         source.write_text("".join(lines), encoding="utf-8")
-        model = _fasttext().train_supervised(
-            input=str(source),
-            dim=options.dimension,
-            epoch=options.epochs,
-            lr=options.learning_rate,
-            wordNgrams=options.word_ngrams,
-            minn=options.min_characters,
-            maxn=options.max_characters,
-            bucket=options.buckets,
-            minCount=options.min_count,
-            loss="softmax",
-            thread=1,
-            seed=options.seed,
-            verbose=0,
-        )
+        model = _fit(source, options)
         model.save_model(str(result))
         digest = hash_file(result).sha256
         sidecar = {
@@ -143,6 +129,25 @@ def train_classifier(
             binary.write(result.read_bytes())
             description.write((json.dumps(sidecar, ensure_ascii=False, indent=2) + "\n").encode())
     return ClassifierReport(dict(counts), digest)
+
+
+def _fit(source: Path, options: ClassifierOptions) -> Any:
+    """A fastText model of the labelled lines in `source`."""
+    return _fasttext().train_supervised(
+        input=str(source),
+        dim=options.dimension,
+        epoch=options.epochs,
+        lr=options.learning_rate,
+        wordNgrams=options.word_ngrams,
+        minn=options.min_characters,
+        maxn=options.max_characters,
+        bucket=options.buckets,
+        minCount=options.min_count,
+        loss="softmax",
+        thread=1,
+        seed=options.seed,
+        verbose=0,
+    )
 
 
 def train_language(

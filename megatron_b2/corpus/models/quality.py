@@ -133,16 +133,8 @@ def train_quality(
     Raises InputError for bad options, fewer than 20 clean documents, or a kind of `bad` without texts;
     OutputError when `folder` is not empty, unless `overwrite`.
     """
-    options.check()
+    texts, given = _checked(clean, bad, options)
     rng = random.Random(options.seed)
-    texts = list(clean)
-    if len(texts) < MIN_TEXTS:
-        raise InputError(f"{len(texts)} clean documents; a quality model needs {MIN_TEXTS} or more")
-    given = {kind: list(more) for kind, more in bad.items()}
-    for kind, more in given.items():
-        if not more or kind in (CLEAN, *DEFECTS):
-            reason = "no documents" if not more else "the name is taken; give another"
-            raise InputError(f"bad documents of kind {kind!r}: {reason}")
     taught, joined = _split(texts, options.calibration, rng)
     given_halves = {kind: _split(more, options.calibration, rng) for kind, more in given.items()}
     taught_bad = {kind: half[0] for kind, half in given_halves.items()}
@@ -155,8 +147,8 @@ def train_quality(
         absent = set(DEFECTS) - {label for label, _ in examples}
         if absent:
             raise InputError(
-                f"the clean documents are too short, or too few, to make {', '.join(sorted(absent))} text from "
-                "them; give longer documents"
+                f"the clean documents are too short, or too few, to make {', '.join(sorted(absent))} text "
+                "from them; give longer documents"
             )
         labels = (CLEAN, *DEFECTS, *given)
         classifier_report = train_classifier(
@@ -175,6 +167,20 @@ def train_quality(
             },
         )
     return QualityReport(len(texts), perplexity_report, classifier_report)
+
+
+def _checked(
+    clean: Iterable[str], bad: Mapping[str, Iterable[str]], options: QualityOptions
+) -> tuple[list[str], dict[str, list[str]]]:
+    options.check()
+    texts, given = list(clean), {kind: list(more) for kind, more in bad.items()}
+    if len(texts) < MIN_TEXTS:
+        raise InputError(f"{len(texts)} clean documents; a quality model needs {MIN_TEXTS} or more")
+    for kind, more in given.items():
+        if not more or kind in (CLEAN, *DEFECTS):
+            reason = "no documents" if not more else "the name is taken; give another"
+            raise InputError(f"bad documents of kind {kind!r}: {reason}")
+    return texts, given
 
 
 class QualityModel:

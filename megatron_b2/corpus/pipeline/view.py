@@ -54,7 +54,9 @@ class View:
     documents: pa.Table
     """N rows of the unit without the texts."""
     text: pa.ChunkedArray
-    """N texts as earlier stages left them."""
+    """N texts as earlier stages left them; empty where they were not asked for."""
+    sizes: np.ndarray
+    """int64 [N]: UTF-8 bytes of the texts, also where they were not asked for."""
     attributes: pa.Table
     """N rows of the columns of earlier stages that were asked for."""
 
@@ -75,9 +77,8 @@ class View:
             reason: N strings.
             columns: N values each, Arrow arrays or what Arrow can make one of.
         """
-        size = np.diff(self.texts.offsets)
-        seen: dict[str, Any] = {"keep": keep, "reason": reason, "bytes": size}
-        seen["left"] = np.where(keep, _left(size, columns), 0)
+        seen: dict[str, Any] = {"keep": keep, "reason": reason, "bytes": self.sizes}
+        seen["left"] = np.where(keep, _left(self.sizes, columns), 0)
         seen |= columns
         where = np.full(len(self.ids), -1, np.int64)
         where[self.rows] = np.arange(len(self))
@@ -93,7 +94,7 @@ def read_view(inputs: Sequence[Path], *, wanted: Sequence[str] = (), with_text: 
     Args:
         inputs: the unit, then the attributes of the earlier stages in their order.
         wanted: names (STAGE.NAME) of columns of earlier stages to have in `attributes`.
-        with_text: false leaves the texts empty and saves the time.
+        with_text: false leaves the texts empty and saves the time; not for the first stage.
     """
     columns = [name for name in DOCUMENT_SCHEMA.names if with_text or name != "text"]
     unit = read_table(inputs[0], columns)
@@ -101,20 +102,24 @@ def read_view(inputs: Sequence[Path], *, wanted: Sequence[str] = (), with_text: 
     nothing = pa.chunked_array([pa.array([""] * unit.num_rows, pa.large_string())])
     text = unit.column("text") if with_text else nothing
     found: dict[str, pa.ChunkedArray] = {}
+    left = None
     for path in inputs[1:]:
         stage = path.parent.name
-        needed = {f"{stage}.keep", f"{stage}.text", f"{stage}.cuts", *wanted}
+        needed = {f"{stage}.keep", f"{stage}.left", f"{stage}.text", f"{stage}.cuts", *wanted}
         table = read_table(path, needed.__contains__).take(pa.array(rows))
+        left = table.column(f"{stage}.left")
         found |= {name: table.column(name) for name in table.column_names if name in wanted}
         if with_text:
             text = _changed(text, table, stage)
         kept = np.asarray(table.column(f"{stage}.keep").combine_chunks())
         if not kept.all():
             keep = pa.array(np.flatnonzero(kept))
-            rows, text = rows[kept], text.take(keep)
+            rows, text, left = rows[kept], text.take(keep), left.take(keep)
             found = {name: column.take(keep) for name, column in found.items()}
     documents = unit.drop_columns(["text"] if with_text else []).take(pa.array(rows))
-    return View(unit.column("id"), rows, documents, text, pa.table(found))
+    sizes = left if left is not None else pc.binary_length(text)
+    size = np.asarray(sizes, dtype=np.int64)
+    return View(unit.column("id"), rows, documents, text, size, pa.table(found))
 
 
 def _array(values: Any) -> pa.Array | pa.ChunkedArray:

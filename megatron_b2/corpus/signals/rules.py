@@ -1,7 +1,7 @@
 """The rules of the published filters as data, and the vectorised judge.
 
-A document goes if it breaks one rule; the verdict names the first that it breaks. Rules about words that are made for
-languages with spaces between words do not apply to the others, which have rules of their own.
+A document goes if it breaks one rule; the verdict names the first that it breaks. Rules about words that are
+made for languages with spaces between words do not apply to the others, which have rules of their own.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _COMPARE: Final[Mapping[Comparison, Callable[[np.ndarray, float], np.ndarray]]] 
 )
 
 UNSPACED: Final = ("zh", "yue", "ja", "ko", "th", "lo", "km", "my", "bo", "dz")
-"""Languages whose words here are single characters or clusters, so that counts and lengths of words mean other things.
-Korean has spaces, but its words are cut into syllables too."""
+"""Languages whose words here are single characters or clusters, so that counts and lengths of words mean
+other things. Korean has spaces, but its words are cut into syllables too."""
 CJK: Final = ("zh", "yue", "ja", "ko")
 
 
@@ -93,7 +93,8 @@ RULES: Final = (
     # Ten characters are about six words: Gopher's limit for those.
     Rule("unspaced_duplicate_10_grams", "duplicate_10_grams", "<=", 0.14, "ours", languages=UNSPACED),
     Rule("c4_lorem_ipsum", "lorem_ipsum", "<=", 0, _C4),
-    # Off as published rules that remove most technical text; FineWeb left out C4's need for terminal punctuation.
+    # Off as published rules that remove most technical text; FineWeb left out C4's need for terminal
+    # punctuation.
     Rule("c4_curly_brackets", "curly_brackets", "<=", 0, _C4, is_on=False),
     Rule("c4_sentences", "c4_sentences", ">=", 3, _C4, is_on=False),
     Rule("fineweb_punctuated_lines", "punctuated_lines", ">", 0.12, _FINEWEB),

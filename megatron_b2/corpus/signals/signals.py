@@ -5,16 +5,18 @@ Words, lines, paragraphs and sentences are the same for every signal:
 - A word is a run of letters and digits, or a single Han, kana or Hangul character, or a grapheme cluster of a
   script without spaces (Thai, Khmer, ...), in lower case. So Chinese needs no dictionary and is no one long
   word. The papers name no tokenizer.
-- A line ends where `str.splitlines` ends one. Lines are seen without the white space around them, and blank lines
+- A line ends where `str.splitlines` ends one. Lines are seen without the white space around them, and blank
+  lines
   are no lines.
 - A paragraph is a block of lines between blank lines; in a text without blank lines, each line is one.
 - Sentences end at 。！？ as well as at . ! ? (`megatron_b2.corpus.spans.split_sentences`).
-- "Duplicate" is what is equal to something before it in the document. Duplicates and n-grams are looked for in
+- "Duplicate" is what is equal to something before it in the document. Duplicates and n-grams are looked for
+  in
   the first 1,048,576 words, lines and paragraphs; this bounds the memory.
 
-Sources: Gopher = Rae et al. 2021, arXiv 2112.11446, A.1.1 and table A1. C4 = Raffel et al. 2020, JMLR 21 (140),
-2.2, with the constants of its code. FineWeb = Penedo et al. 2024, arXiv 2406.17557, 3.6, with the constants of
-its code. "Ours" = in none of them.
+Sources: Gopher = Rae et al. 2021, arXiv 2112.11446, A.1.1 and table A1. C4 = Raffel et al. 2020, JMLR 21
+(140), 2.2, with the constants of its code. FineWeb = Penedo et al. 2024, arXiv 2406.17557, 3.6, with the
+constants of its code. "Ours" = in none of them.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ SIGNALS: Final = (
         "C4",
         c4_sentences="sentences in the lines that C4 keeps: see c4_characters",
         javascript_lines="lines with the word JavaScript in any case",
-        policy_lines="lines with: terms of use, privacy policy, cookie policy, uses cookies, use of cookies, or "
-        "use cookies, in any case",
+        policy_lines="lines with: terms of use, privacy policy, cookie policy, uses cookies, "
+        "use of cookies, or use cookies, in any case",
         long_word_lines="lines with more than 1,000 characters without white space",
         curly_brackets="{ and }",
         lorem_ipsum="how often 'lorem ipsum' occurs in any case",
@@ -85,16 +87,16 @@ SIGNALS: Final = (
         ellipses_per_word="... and … a word",
         bullet_lines="lines that start with a bullet such as •, or with - * – — and white space",
         ellipsis_lines="lines that end with ... or …",
-        alphabetic_words="words with a letter, of all words and all pieces between white space that have no word",
+        alphabetic_words="words with a letter, of all words and of pieces between white space without a word",
         duplicate_lines="duplicate lines",
         duplicate_paragraphs="duplicate paragraphs",
         duplicate_line_characters="characters in duplicate lines, of those in lines (FineWeb has it too)",
         duplicate_paragraph_characters="characters in duplicate paragraphs, of those in lines",
-        top_2_gram="characters in the most frequent sequence of 2 words if it is repeated, of those in words; of "
-        "several most frequent ones the longest, then the first",
+        top_2_gram="characters in the most frequent sequence of 2 words if it is repeated, of those "
+        "in words; of several most frequent ones the longest, then the first",
         top_3_gram="the same for 3 words",
         top_4_gram="the same for 4 words",
-        duplicate_5_grams="characters in duplicate sequences of 5 words, each counted once, of those in words",
+        duplicate_5_grams="characters in duplicate sequences of 5 words, each once, of those in words",
         duplicate_6_grams="the same for 6 words",
         duplicate_7_grams="the same for 7 words",
         duplicate_8_grams="the same for 8 words",
@@ -105,8 +107,8 @@ SIGNALS: Final = (
         "C4",
         terminal_lines='lines that end with . ! ? " ” 。 ！ ？ ｡ ． 」 or 』 but not with ... or …',
         few_word_lines="lines with fewer than 5 words",
-        c4_characters="characters in the lines that C4 keeps, of those in lines: terminal lines without few words, "
-        "long words, JavaScript or policies",
+        c4_characters="characters in the lines that C4 keeps, of those in lines: terminal lines without "
+        "few words, long words, JavaScript or policies",
     ),
     *_shares(
         "FineWeb",

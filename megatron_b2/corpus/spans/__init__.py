@@ -1,12 +1,12 @@
 """Repeated documents, paragraphs and sentences of a corpus: hashed, grouped, cut out.
 
-    records = record_spans(texts, documents, limits)      each unit of documents, anywhere, in any order
-    repeats = find_repeats([records.paragraphs, ...])     over all units; or RepeatFinder with a limit of memory
+    records = record_spans(texts, documents, limits)     each unit of documents, anywhere, in any order
+    repeats = find_repeats([records.paragraphs, ...])    over all units; RepeatFinder in little memory
     cuts = find_cuts(texts, documents, paragraphs=repeats["place"], ...)     each unit
     texts = apply_cuts(texts, cuts.ranges, cuts.firsts)
 
-The first occurrence in the order of the corpus (document, then position) stays and all later ones go, so the result
-does not depend on how the corpus is cut into units, on the memory, or on who worked when.
+The first occurrence in the order of the corpus (document, then position) stays and all later ones go, so the
+result does not depend on how the corpus is cut into units, on the memory, or on who worked when.
 """
 
 from megatron_b2.corpus.spans.bloom import BloomFilter, bloom_rate

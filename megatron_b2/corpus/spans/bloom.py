@@ -1,12 +1,12 @@
 """A blocked Bloom filter: which hashes have been seen before, in a few bits each.
 
-When to use it: to tell whether text was in an *earlier* corpus whose records are not there any more, or are too many to
-sort again. It says "yes" wrongly at the chosen rate (some good text is lost) and never says "no" wrongly. Within one
-corpus, the exact grouping of `find_repeats` is the default: it has no errors, needs no size in advance, names the
-first occurrence, and does not depend on the order in which documents come.
+When to use it: to tell whether text was in an *earlier* corpus whose records are not there any more, or are
+too many to sort again. It says "yes" wrongly at the chosen rate (some good text is lost) and never says "no"
+wrongly. Within one corpus, the exact grouping of `find_repeats` is the default: it has no errors, needs no
+size in advance, names the first occurrence, and does not depend on the order in which documents come.
 
-All bits of a key are in one block of 512 bits (Putze, Sanders, Singler 2007, "Cache-, Hash- and Space-Efficient Bloom
-Filters"), which costs one access to memory and about a tenth more bits.
+All bits of a key are in one block of 512 bits (Putze, Sanders, Singler 2007, "Cache-, Hash- and
+Space-Efficient Bloom Filters"), which costs one access to memory and about a tenth more bits.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class BloomFilter:
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
         """Put in hashes uint64 [N, 2] (see `hash_texts`); bool [N], whether each seemed to be in already."""
-        found: np.ndarray = _cpu.bloom_add(self.bits, np.ascontiguousarray(hashes, np.uint64), probes=self.probes)
+        found: np.ndarray = _cpu.bloom_add(
+            self.bits, np.ascontiguousarray(hashes, np.uint64), probes=self.probes
+        )
         self.added += int((~found).sum())
         return found
 
@@ -108,7 +110,7 @@ class BloomFilter:
         header = json.dumps(facts).encode().ljust(4096 - len(_MAGIC))
         with atomic_file(path) as stream:
             stream.write(_MAGIC + header)
-            stream.write(memoryview(self.bits).cast("B"))
+            self.bits.tofile(stream)
 
     @classmethod
     def load(cls, path: Path, *, writable: bool = False) -> Self:
@@ -122,8 +124,7 @@ class BloomFilter:
             if not header.startswith(_MAGIC):
                 raise ValueError("it does not start as one")
             facts = json.loads(header[len(_MAGIC) :])
-            mode = "c" if writable else "r"
-            bits = np.memmap(path, np.uint64, mode, offset=4096, shape=(facts["words"],))
+            bits = np.memmap(path, np.uint64, "c" if writable else "r", 4096, (int(facts["words"]),))
             return cls(bits, probes=facts["probes"], keys=facts["keys"], added=facts["added"])
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{path}: not a Bloom filter: {error}") from None

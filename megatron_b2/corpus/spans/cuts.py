@@ -33,8 +33,8 @@ def find_cuts(
 ) -> Cuts:
     """The bytes of repeated paragraphs, runs of sentences and sentences.
 
-    A cut takes the white space behind it along, so that whole lines vanish; but where it starts inside of a line, that
-    line keeps its end, and the cut takes the white space before it instead.
+    A cut takes the white space behind it along, so that whole lines vanish; but where it starts inside of a
+    line, that line keeps its end, and the cut takes the white space before it instead.
 
     Args:
         texts, documents: as for `record_spans`.

@@ -1,7 +1,7 @@
 """Records (hash, place) of documents, paragraphs, runs of sentences and sentences.
 
-A place is the index of a document in the corpus and the index of the part in it, in one uint64 whose order is the
-order of the corpus.
+A place is the index of a document in the corpus and the index of the part in it, in one uint64 whose order is
+the order of the corpus.
 """
 
 from __future__ import annotations
@@ -50,16 +50,15 @@ class SpanLimits:
     sentence_bytes: int = 32
     """Shorter sentences are no boilerplate, however often they occur."""
     sentence_count: int = 100
-    """A sentence that occurs more often in the corpus is boilerplate: its first occurrence stays. 0 leaves this out."""
+    """A sentence that occurs more often in the corpus is boilerplate: its first occurrence stays. 0 leaves
+    this out."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError with all settings that are negative or no integers."""
         problems = [
             f"{field.name} = {value!r} must be an integer of at least 0"
             for field in fields(self)
-            if not isinstance(value := getattr(self, field.name), int)
-            or isinstance(value, bool)
-            or value < 0
+            if not isinstance(value := getattr(self, field.name), int) or isinstance(value, bool) or value < 0
         ]
         if problems:
             raise ConfigError(problems)
@@ -99,7 +98,8 @@ def record_spans(texts: Texts, documents: np.ndarray, limits: SpanLimits) -> Rec
 
 
 def split_by_hash(records: np.ndarray, parts: int) -> list[np.ndarray]:
-    """`parts` <= 65,536 arrays of equal shares of the range of hashes: equal texts are in parts of one number."""
+    """`parts` <= 65,536 arrays of equal shares of the range of hashes: equal texts are in parts of one
+    number."""
     part = ((records["high"] >> np.uint64(32)) * np.uint64(parts) >> np.uint64(32)).astype(np.uint16)
     order = np.argsort(part, kind="stable")  # a radix sort, as the type has two bytes
     bounds = np.searchsorted(part[order], np.arange(1, parts))

@@ -16,6 +16,7 @@ from megatron_b2.files.atomic import atomic_file
 REPEAT: Final = np.dtype([("place", np.uint64), ("first", np.uint64)])
 """A part that is repeated, and the place of its first occurrence."""
 
+_LAST: Final = (1 << 64) - 1
 _SEARCH_BITS: Final = 12
 """Ranges of hashes are at least 2^-12 of all, unless one such range alone is too large."""
 
@@ -38,9 +39,10 @@ def find_repeats(records: Sequence[np.ndarray], *, more_than: int = 1) -> np.nda
 class RepeatFinder:
     """`find_repeats` over more records than fit memory.
 
-    Added records wait in memory up to a quarter of the limit, then are sorted and written to a file of `folder`. The
-    repeats come range by range of the hash, each read from all files at once; ranges are as wide as the memory allows,
-    and records of one hash are in one range. Memory must hold all records of the most frequent text.
+    Added records wait in memory up to a quarter of the limit, then are sorted and written to a file of
+    `folder`. The repeats come range by range of the hash, each read from all files at once; ranges are as
+    wide as the memory allows, and records of one hash are in one range. Memory must hold all records of the
+    most frequent text.
     """
 
     def __init__(self, folder: Path, *, memory_bytes: int, more_than: int = 1) -> None:
@@ -71,7 +73,7 @@ class RepeatFinder:
         self._spill()
         sorted_files = [_read(path) for path in self._files]
         for low, high in self._ranges(sorted_files, 0, 1 << _SEARCH_BITS, 64 - _SEARCH_BITS):
-            pieces = [file[slice(*_bounds(file, low, high))] for file in sorted_files]
+            pieces = [file[_bounds(file, low, high)] for file in sorted_files]
             yield find_repeats(pieces, more_than=self._more_than)
 
     def _spill(self) -> None:
@@ -86,10 +88,11 @@ class RepeatFinder:
     def _ranges(
         self, files: Sequence[np.ndarray], first: int, last: int, shift: int
     ) -> Iterator[tuple[int, int]]:
-        """Bounds of ranges of `high`, from first << shift to last << shift, with no more records than the limit."""
+        """Bounds of ranges from first << shift to last << shift, with no more records than the limit."""
         edges = np.array([number << shift for number in range(first, last)], np.uint64)
-        ends = [np.append(np.searchsorted(file["high"], edges), _count_below(file, last << shift)) for file in files]
-        total = np.sum(ends, axis=0)
+        counts = [_cpu.count_below(file, edges) for file in files]
+        ends = [_bounds(file, 0, last << shift).stop for file in files]
+        total = np.append(np.sum(counts, axis=0), sum(ends))
         begin = 0
         while begin < last - first:
             end = max(begin + 1, int(np.searchsorted(total, total[begin] + self._limit, side="right")) - 1)
@@ -103,12 +106,10 @@ class RepeatFinder:
             begin = end
 
 
-def _count_below(file: np.ndarray, high: int) -> int:
-    return len(file) if high >= 1 << 64 else int(np.searchsorted(file["high"], np.uint64(high)))
-
-
-def _bounds(file: np.ndarray, low: int, high: int) -> tuple[int, int]:
-    return _count_below(file, low), _count_below(file, high)
+def _bounds(file: np.ndarray, low: int, high: int) -> slice:
+    """The records of a sorted file in a range of hashes."""
+    below = _cpu.count_below(file, np.array([low, min(high, _LAST)], np.uint64))
+    return slice(int(below[0]), len(file) if high > _LAST else int(below[1]))
 
 
 def _read(path: Path) -> np.ndarray:

@@ -39,6 +39,7 @@ class Cluster:
     threshold: float = 0.95
     """Cosine of two vectors of a topic from which on the documents say the same; 1 finds copies only."""
     seed: int = 0
+    """Of the sample and the first centroids."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -95,6 +95,7 @@ class AttentionTiles:
     """Queries."""
 
 
+_DELTA: Final = Tile(rows=64, columns=0, depth=0, warps=4, stages=1)
 _ATTENTION_CPU: Final = AttentionTiles(
     forward=Tile(rows=256, columns=128, depth=0, warps=4, stages=1),
     query_gradient=Tile(rows=256, columns=128, depth=0, warps=4, stages=1),
@@ -104,20 +105,26 @@ _ATTENTION_CPU: Final = AttentionTiles(
 
 
 def _attention(
-    forward: tuple[int, int, int, int],
-    query: tuple[int, int, int, int],
-    key: tuple[int, int, int, int],
-    *,
-    depth: int = 0,
+    forward: tuple[int, int, int, int], query: tuple[int, int, int, int], key: tuple[int, int, int, int]
 ) -> AttentionTiles:
     """Each (rows, columns, warps, stages)."""
     first, second, third = (
-        Tile(rows, columns, depth, warps, stages) for rows, columns, warps, stages in (forward, query, key)
+        Tile(rows, columns, 0, warps, stages) for rows, columns, warps, stages in (forward, query, key)
     )
-    return AttentionTiles(first, second, third, delta=Tile(rows=64, columns=0, depth=0, warps=4, stages=1))
+    return AttentionTiles(first, second, third, _DELTA)
 
 
-# The largest tiles that spill no register, with ALiBi, documents and skipping (docs/kernels.md).
+def _attention_single(key_columns: int) -> AttentionTiles:
+    """In fp32; all but the keys of a program of the key gradient is the same for every width."""
+    return AttentionTiles(
+        forward=Tile(rows=32, columns=32, depth=32, warps=8, stages=1),
+        query_gradient=Tile(rows=32, columns=32, depth=16, warps=4, stages=1),
+        key_gradient=Tile(rows=16, columns=key_columns, depth=32, warps=8, stages=1),
+        delta=_DELTA,
+    )
+
+
+# The largest tiles found that spill no register, with ALiBi, documents and skipping (docs/kernels.md).
 _ATTENTION_HALF: Final[Mapping[tuple[str, int], AttentionTiles]] = MappingProxyType(
     {
         ("sm_80", 64): _attention((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 2)),
@@ -137,8 +144,10 @@ _ATTENTION_HALF: Final[Mapping[tuple[str, int], AttentionTiles]] = MappingProxyT
 """By architecture and the largest width of a head, in 16 bits. Widths that are padded need more registers."""
 _ATTENTION_SINGLE: Final[Mapping[int, AttentionTiles]] = MappingProxyType(
     {
-        128: _attention((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), depth=16),
-        160: _attention((32, 32, 4, 1), (32, 32, 4, 1), (16, 16, 8, 1), depth=16),
+        64: _attention_single(key_columns=32),
+        96: _attention_single(key_columns=16),
+        128: _attention_single(key_columns=32),
+        160: _attention_single(key_columns=16),
     }
 )
 """By the largest width of a head, in fp32, for every architecture."""

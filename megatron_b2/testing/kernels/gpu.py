@@ -1,7 +1,7 @@
 """The part of the verification kit that needs a GPU: sanitizer, bandwidth and FLOP/s, other projects.
 
-The commands are `b2 ops bench` and, for parity, `b2 ops verify --device cuda`. On a machine without a GPU they
-say so and measure nothing; the tests run this code with the clock replaced.
+The commands are `b2 ops bench` and, for parity, `b2 ops verify --device cuda`. Without a GPU they say so and
+measure nothing; the tests run this code with the clock replaced.
 """
 
 from __future__ import annotations

@@ -91,13 +91,15 @@ def triton_version() -> str:
 def broken_rules(row: Row) -> list[str]:
     """What every kernel must keep, whatever it was before."""
     kernel = row.kernel
+    products = kernel.hmma + kernel.hgmma
     rules = {
         f"{kernel.spills} spills": kernel.spills == 0,
         f"{kernel.stack} bytes of stack": kernel.stack == 0,
         f"{kernel.shared} bytes of shared memory": kernel.shared <= LIMITS[kernel.arch].shared_per_cta,
         "does not fit on a multiprocessor": kernel.ctas_per_sm > 0,
         f"{kernel.atomics} atomics on global memory": kernel.atomics == 0,
-        "no tensor-core instruction": not kernel.dots or is_single(row) or kernel.hmma + kernel.hgmma > 0,
+        "no tensor-core instruction": not kernel.dots or is_single(row) or products > 0,
+        f"{products} tensor-core instructions, which round fp32 to TF32": not is_single(row) or products == 0,
         f"{kernel.accesses.get('16', 0)} accesses of 16 bits": not is_narrow(row),
         f"{kernel.wide_share:.0%} of accesses are 128 bits wide": not is_elementwise(row)
         or kernel.wide_share == 1.0,
@@ -106,7 +108,7 @@ def broken_rules(row: Row) -> list[str]:
 
 
 def is_single(row: Row) -> bool:
-    """A Triton kernel in fp32, which multiplies without matrix instructions: those would round to TF32."""
+    """A Triton kernel in fp32."""
     return row.shape.endswith(f" {SINGLE}")
 
 

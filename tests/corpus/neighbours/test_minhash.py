@@ -122,7 +122,7 @@ def test_signatures_are_the_documented_ones(bands: int, rows: int, portable: boo
         length=3,
         permutations=settings.permutations,
         seed=7,
-        vector_bits=vector_bits,
+        portable=portable,
     )
     assert ours.tolist() == [python_signature(text, settings) for text in column]
 

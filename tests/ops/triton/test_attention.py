@@ -20,6 +20,8 @@ from megatron_b2.ops.attention import Documents, Pattern, Rows
 from megatron_b2.ops.context_attention import context_attention
 from megatron_b2.parallel.context_parallel import ContextParallel
 from megatron_b2.testing.kernels.attention import (
+    DTYPES,
+    HEAD_DIMS,
     QUANTITIES,
     QUICK,
     Problem,
@@ -54,11 +56,29 @@ def test_errors_are_those_of_torch_in_the_full_sweep(check: Check) -> None:
     assert run_interpreted(failures, [check]) == []
 
 
-def wrong_shapes(examples: int) -> list[str]:
-    """Random shapes on tiles of every architecture's table; the last that failed."""
+def deviating(shape: Shape, dtype: torch.dtype, arch: str) -> list[str]:
+    """What is too far off on the tiles of an architecture."""
     from megatron_b2.ops.triton import target
     from megatron_b2.ops.triton.attention import TritonAttention
 
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(target, "arch_of", lambda device: arch)
+        deviations = compare(shape, dtype, CPU, TritonAttention())
+    return [f"{arch} {dtype} {shape}: {result}" for result in deviations if not result.passed]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "head_dim", [64, 88, *(pytest.param(x, marks=pytest.mark.slow) for x in HEAD_DIMS if x > 88)]
+)
+def test_tiles_of_a_gpu_in_every_width(head_dim: int, dtype: torch.dtype) -> None:
+    """In fp32 the scores are summed over parts of the columns (`products`)."""
+    shape = Shape(head_dim, 70, keys=90, heads=2, group=2, packed=True)
+    assert run_interpreted(deviating, shape, dtype, "sm_80") == []
+
+
+def wrong_shapes(examples: int) -> list[str]:
+    """Random shapes on tiles of every architecture's table; the last that failed."""
     wrong: list[str] = []
 
     @settings(
@@ -70,16 +90,14 @@ def wrong_shapes(examples: int) -> list[str]:
         suppress_health_check=list(HealthCheck),
     )
     @given(
-        head_dim=st.sampled_from([8, 16, 24, 40, 64, 72, 96]), queries=st.integers(1, 70),
+        head_dim=st.sampled_from([8, 16, 24, 40, 64, 72, 96, 112, 136]), queries=st.integers(1, 70),
         extra=st.integers(0, 40), batch=st.integers(1, 2), group=st.integers(1, 2), alibi=st.booleans(),
         packed=st.booleans(), parts=st.integers(1, 3), arch=st.sampled_from(["cpu", "sm_80", "sm_90"]),
+        dtype=st.sampled_from(DTYPES),
     )  # fmt: skip
-    def search(arch: str, queries: int, extra: int, group: int, **rest: Any) -> None:
+    def search(arch: str, dtype: torch.dtype, queries: int, extra: int, group: int, **rest: Any) -> None:
         shape = Shape(queries=queries, keys=queries + extra, heads=group, group=group, **rest)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(target, "arch_of", lambda device: arch)
-            deviations = compare(shape, torch.float32, CPU, TritonAttention())
-        wrong[:] = [f"{arch} {shape}: {result}" for result in deviations if not result.passed]
+        wrong[:] = deviating(shape, dtype, arch)
         assert wrong == []
 
     try:
@@ -187,6 +205,26 @@ def strided() -> None:
 
 def test_any_strides_give_the_same_bits() -> None:
     run_interpreted(strided)
+
+
+@pytest.mark.parametrize(
+    ("heads", "extra", "step"), [(5, 0, 8), (5, 3, 1)], ids=["rows of 16 bytes", "rows anywhere"]
+)
+def test_strides_are_counted_in_16_bytes_where_all_are_multiples(heads: int, extra: int, step: int) -> None:
+    """Those of heads of 88 are no multiples of 16 elements, which alone Triton looks for."""
+
+    def call() -> tuple[int, ...]:
+        from megatron_b2.ops.triton.attention import _Call
+
+        qkv = torch.empty(2, 7, 3, heads, 88 + extra, dtype=torch.bfloat16)[..., :88]
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        made = _Call.of(q, k, v, Pattern(None, None), 0, 0, skip=False)
+        assert made.options["STEP"] == made.step
+        return made.step, *made.strides
+
+    width = 88 + extra
+    of_one = (7 * 3 * heads * width // step, width // step, 3 * heads * width // step)
+    assert run_interpreted(call) == (step, *of_one * 3)
 
 
 def far_apart(dim: int) -> None:
