@@ -126,6 +126,7 @@ setup(
             "megatron_b2._cpu",
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.cpp")),
             include_dirs=["csrc/cpu"],
+            depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").rglob("*.h")],
             cxx_std=17,
             extra_compile_args=["-O3"],
         ),

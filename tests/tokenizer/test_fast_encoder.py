@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import string
+import sysconfig
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_b2.cli.main import main as b2
+from megatron_b2.documents import JsonlWriter
 from megatron_b2.documents.texts import Texts
 from megatron_b2.tokenizer import Tokenizer
 from megatron_b2.tokenizer.fast_encoder import FastEncoder, Vocabulary
@@ -149,7 +154,7 @@ def test_real_text(repository: Pair) -> None:
     assert repository.mismatches(texts) == []
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(text=TEXTS)
 @example(text="<s></s><unk><reserved_106>\u2581 \u2581\0\r\n\t ，")
 def test_any_text(pair: Pair, text: str) -> None:
@@ -159,7 +164,7 @@ def test_any_text(pair: Pair, text: str) -> None:
 BROKEN = st.sampled_from([b"\xe2\x96\x81", b"\xe2\x96", b"\xe4\xbd", b"\xf0\x9f\x98", b"\n", b" a"])
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(data=st.lists(st.one_of(st.binary(max_size=8), BROKEN)).map(b"".join))
 @example(data=b"\xed\xa0\x80 \xf4\x90\x80\x80 \xc0\xaf \xe2\x96 \xe2\x96\x81 \xf0\x9f\x98")
 def test_any_bytes(pair: Pair, data: bytes) -> None:
@@ -210,3 +215,129 @@ def test_user_defined_symbols_come_first_and_the_longest_wins() -> None:
     source = random.Random(0)
     texts += ["".join(source.choices("<a>bx c，\né(", k=80)) for _ in range(2_000)]
     assert pair.mismatches([text.encode() for text in texts]) == []
+
+
+def test_more_chunks_than_the_caches_hold(repository: Pair) -> None:
+    source = random.Random(0)
+    letters = string.ascii_letters + "模型语言"
+    words = ["".join(source.choices(letters, k=source.randint(2, 12))) for _ in range(400_000)]
+    text = ",".join(words).encode()
+    assert repository.mismatches([text, text]) == []
+
+
+def test_threads_at_once(repository: Pair) -> None:
+    batches = [[path.read_bytes() for path in repository_files()[start::8]] for start in range(8)]
+    expected = [repository.expected(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert list(pool.map(repository.encode, batches)) == expected
+
+
+def test_a_column_may_be_a_part_of_another(pair: Pair) -> None:
+    texts = [b"the model", b"", "模型".encode(), b"\xff", b" a"]
+    whole = column(texts)
+    part = Texts(whole.data, whole.offsets[1:5])
+    ids, offsets = pair.fast.encode(part, last_id=2)
+    assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == [[*row, 2] for row in pair.expected(texts[1:4])]
+    ids, offsets = pair.fast.encode(column([]))
+    assert (ids.tolist(), offsets.tolist()) == ([], [0])
+
+
+UNSUPPORTED = {
+    "not BPE": {"model_type": 1},
+    "no byte fallback": {"byte_fallback": False},
+    r"normalises text \(nmt_nfkc rules\)": {"name": "nmt_nfkc", "precompiled_charsmap": b"x"},
+    "changes spaces": {"add_dummy_prefix": True},
+    r"changes spaces .*remove_extra_whitespaces": {"remove_extra_whitespaces": True},
+    r"does not write spaces as U\+2581": {"escape_whitespaces": False},
+}
+
+
+@pytest.mark.parametrize("reason", UNSUPPORTED)
+def test_other_models_are_refused(tokenizer: Tokenizer, reason: str) -> None:
+    vocabulary = Vocabulary.of_model(look_alike(tokenizer.model_bytes, **UNSUPPORTED[reason]))
+    with pytest.raises(ValueError, match=reason):
+        FastEncoder(vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("piece", "kind", "reason"),
+    [
+        ("§", CONTROL, "text can give a reserved piece"),
+        ("<s>", NORMAL, "text can give a reserved piece"),
+        ("a\0b", USER_DEFINED, r"the user-defined symbol 'a\\x00b' holds NUL"),
+    ],
+)
+def test_vocabularies_that_only_sentencepiece_reads(piece: str, kind: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        FastEncoder(Vocabulary.of_model(hand_made([("a", -1, NORMAL), (piece, -2, kind)])))
+
+
+COLUMN = ["the model 模型\n\t<s>", "", "\u2581 \u2581", "  a\0", "x" * 300]
+
+
+def test_the_tokenizer_falls_back_to_sentencepiece(tokenizer: Tokenizer) -> None:
+    for model, native in ((tokenizer, True), (Tokenizer(look_alike(tokenizer.model_bytes, model_type=1)), False)):
+        assert (model.slow_because == "") == native
+        ids, offsets = model.encode_column(Texts.of(COLUMN), eos=True)
+        expected = [model.encode(text, eos=True) for text in COLUMN]
+        assert (ids.dtype, offsets.dtype) == (np.int32, np.int64)
+        assert [ids[a:b].tolist() for a, b in pairwise(offsets)] == expected
+        broken = model.encode_column(column([b"a\xffb"]))[0].tolist()
+        assert broken == model.encode("a\ufffdb")
+
+
+def test_preprocess_says_which_encoder_worked(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with JsonlWriter(tmp_path / "in.jsonl") as writer:
+        for text in COLUMN:
+            writer.write({"text": text})
+    for name, changes, line in (
+        ("bpe", {}, "encoder: native"),
+        ("unigram", {"model_type": 1}, "encoder: SentencePiece itself, which is slower: the model is of type UNIGRAM"),
+    ):
+        model = tmp_path / f"{name}.model"
+        model.write_bytes(look_alike(tokenizer.model_bytes, **changes))
+        output = tmp_path / name
+        b2(["preprocess", str(tmp_path / "in.jsonl"), "--tokenizer", str(model), "--output", str(output)])
+        assert line in capsys.readouterr().out
+        expected = [i for text in COLUMN if text for i in Tokenizer(model.read_bytes()).encode(text, eos=True)]
+        assert np.fromfile(f"{output}.bin", np.uint16).tolist() == expected
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """32,000 pieces from the sources and documents of the installed packages."""
+    folder = tmp_path_factory.mktemp("large")
+    size = 0
+    with JsonlWriter(folder / "packages.jsonl") as writer:
+        for path in package_files():
+            text = path.read_text("utf-8", "ignore")
+            writer.write({"text": text})
+            size += len(text)
+            if size > 20_000_000:
+                break
+    train_tokenizer([folder], folder / "out", options=TrainOptions(vocab_size=32_000))
+    return Pair((folder / "out" / "tokenizer.model").read_bytes())
+
+
+def package_files() -> list[Path]:
+    folder = Path(sysconfig.get_path("purelib"))
+    files = (path for suffix in ("md", "rst", "txt", "py") for path in sorted(folder.rglob(f"*.{suffix}")))
+    return [path for path in files if path.stat().st_size < 1 << 20]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_fuzzed_strings(large: Pair, repository: Pair) -> None:
+    for pair in (large, repository):
+        for seed in range(10, 15):
+            assert pair.mismatches(fuzzed(pair, 10_000, seed=seed)) == []
+
+
+@pytest.mark.slow
+def test_real_text_with_a_large_vocabulary(large: Pair) -> None:
+    texts = [path.read_bytes() for path in package_files()[::7]]
+    assert sum(map(len, texts)) > 10_000_000
+    for start in range(0, len(texts), 200):
+        assert large.mismatches(texts[start : start + 200]) == []

@@ -97,15 +97,15 @@ void Merger::merge_short() {
 void Merger::merge_long() {
   const std::size_t count = symbols_.size();
   if (count >= kEnd) throw std::length_error("a text has 2^32 characters that cannot be cut");
+  // Not kept between calls: such a chunk may be a whole text.
+  std::vector<std::int32_t> ranks(count), joined(count);
   std::vector<std::uint32_t> next(count), previous(count);
   std::vector<std::uint64_t> queue;  // (rank, position) of pairs, also of some that are gone
-  ranks_.assign(count, kNever);
-  joined_.resize(count);
   const auto find = [&](std::uint32_t i) {
     const Merge* merge = next[i] != kEnd ? model_.merge(symbols_[i], symbols_[next[i]]) : nullptr;
-    ranks_[i] = merge != nullptr ? merge->rank : kNever;
+    ranks[i] = merge != nullptr ? merge->rank : kNever;
     if (merge == nullptr) return false;
-    joined_[i] = merge->symbol;
+    joined[i] = merge->symbol;
     queue.push_back(static_cast<std::uint64_t>(merge->rank) << 32 | i);
     if (model_.is_taken_apart(merge->symbol)) parts_[merge->symbol] = {symbols_[i], symbols_[next[i]]};
     return true;
@@ -121,10 +121,10 @@ void Merger::merge_long() {
     const auto left = static_cast<std::uint32_t>(queue.front());
     std::pop_heap(queue.begin(), queue.end(), std::greater<>());
     queue.pop_back();
-    if (ranks_[left] != rank) continue;
+    if (ranks[left] != rank) continue;
     const std::uint32_t right = next[left];
-    symbols_[left] = joined_[left];
-    ranks_[right] = kNever;
+    symbols_[left] = joined[left];
+    ranks[right] = kNever;
     next[left] = next[right];
     if (next[left] != kEnd) previous[next[left]] = left;
     if (previous[left] != kEnd && find(previous[left])) {

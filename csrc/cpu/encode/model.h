@@ -38,7 +38,7 @@ class Model {
  public:
   // Types of pieces, numbered as in sentencepiece_model.proto.
   enum Kind : std::uint8_t { kNormal = 1, kUnknown = 2, kControl = 3, kUserDefined = 4, kUnused = 5, kByte = 6 };
-  // What there is before the second of two neighbouring ASCII characters: a place to cut, perhaps a user-defined symbol.
+  // Between two neighbouring ASCII characters: a place to cut, perhaps the start of a user-defined symbol.
   enum Event : std::uint8_t { kCut = 1, kUserSymbol = 2 };
 
   // kinds, ranks [V]: ranks order the scores, best first, equal for equal scores. byte_ids [256].

@@ -120,7 +120,7 @@ class Splitter {
     const char* position = first_ = white_space(start_).end;
     while (position < end_) {
       const Lead lead = lead_at(position);
-      if (lead == Lead::Inside || lead == Lead::Space) {
+      if (lead <= Lead::Space) {
         ++position;
         continue;
       }

@@ -4,14 +4,17 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "text/characters.h"
@@ -153,38 +156,6 @@ bool operator<(const Record& a, const Record& b) {
   return std::tie(a.high, a.low, a.place) < std::tie(b.high, b.low, b.place);
 }
 
-// Sorts by the bits of `high` from `shift` down, eight at a time in place (American flag sort), then by all.
-void sort_records(Record* records, std::int64_t count, int shift) {
-  constexpr std::int64_t kSmall = 64;
-  if (count <= kSmall || shift < 0) {
-    std::sort(records, records + count);
-    return;
-  }
-  std::array<std::int64_t, 257> starts{};
-  for (std::int64_t i = 0; i < count; ++i) {
-    ++starts[(records[i].high >> shift & 0xFF) + 1];
-  }
-  for (int digit = 0; digit < 256; ++digit) {
-    starts[digit + 1] += starts[digit];
-  }
-  std::array<std::int64_t, 256> next;
-  std::copy_n(starts.begin(), 256, next.begin());
-  for (std::uint64_t digit = 0; digit < 256; ++digit) {
-    while (next[digit] < starts[digit + 1]) {
-      Record& record = records[next[digit]];
-      const std::uint64_t home = record.high >> shift & 0xFF;
-      if (home == digit) {
-        ++next[digit];
-      } else {
-        std::swap(record, records[next[home]++]);
-      }
-    }
-  }
-  for (int digit = 0; digit < 256; ++digit) {
-    sort_records(records + starts[digit], starts[digit + 1] - starts[digit], shift - 8);
-  }
-}
-
 // The vector's memory as an array, without a copy.
 template <typename T>
 py::array_t<T> to_array(std::vector<T>&& values) {
@@ -198,14 +169,46 @@ py::array_t<T> to_array(std::vector<T>&& values) {
 using Records = py::array_t<Record, py::array::c_style>;
 using Places = py::array_t<std::uint64_t, py::array::c_style>;
 
-void sort_all(Records records) {
-  if (records.ndim() != 1) {
-    throw std::invalid_argument("records must be [R]");
+// All records in order. One pass puts each near its place by the first bits in which hashes differ, which are random;
+// small sorts do the rest.
+py::array_t<Record> sort_records(const std::vector<Records>& pieces) {
+  constexpr std::int64_t kBucket = 8;
+  std::int64_t count = 0;
+  std::vector<std::pair<const Record*, const Record*>> ranges;
+  for (const Records& piece : pieces) {
+    ranges.emplace_back(piece.data(), piece.data() + piece.size());
+    count += piece.size();
   }
-  Record* data = records.mutable_data();
-  const std::int64_t count = records.size();
+  py::array_t<Record> sorted(static_cast<py::ssize_t>(count));
+  Record* const out = sorted.mutable_data();
   py::gil_scoped_release release;
-  sort_records(data, count, 56);
+  std::uint64_t least = ~std::uint64_t{0}, most = 0;
+  for (const auto& [begin, end] : ranges) {
+    for (const Record* r = begin; r < end; ++r) {
+      least = std::min(least, r->high);
+      most = std::max(most, r->high);
+    }
+  }
+  const int skipped = least < most ? __builtin_clzll(least ^ most) : 0;
+  int bits = 1;
+  while (bits < 18 && kBucket << bits < count) {
+    ++bits;
+  }
+  const auto bucket = [=](const Record& r) { return (r.high << skipped) >> (64 - bits); };
+  std::vector<std::int64_t> ends((std::size_t{1} << bits) + 1);
+  for (const auto& [begin, end] : ranges) {
+    std::for_each(begin, end, [&](const Record& r) { ++ends[bucket(r) + 1]; });
+  }
+  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  for (const auto& [begin, end] : ranges) {
+    std::for_each(begin, end, [&](const Record& r) { out[ends[bucket(r)]++] = r; });
+  }
+  std::int64_t begin = 0;
+  for (std::size_t b = 0; b + 1 < ends.size(); ++b) {
+    std::sort(out + begin, out + ends[b]);
+    begin = ends[b];
+  }
+  return sorted;
 }
 
 py::array_t<std::int64_t> count_below(const Records& records, const Places& hashes) {
@@ -274,7 +277,12 @@ std::size_t checked_run_length(std::int64_t run_length) {
 // The records of one document after another.
 class Recorder {
  public:
-  explicit Recorder(const Limits& limits) : limits_(limits) {}
+  // `bytes` of text to come: what room they may need is not touched before it is.
+  Recorder(const Limits& limits, std::int64_t bytes) : limits_(limits) {
+    for (std::vector<Record>* records : {&paragraphs, &runs, &sentences}) {
+      records->reserve(static_cast<std::size_t>(bytes / 64));
+    }
+  }
 
   void add(std::string_view text, std::uint64_t document) {
     document <<= kPositionBits;
@@ -363,7 +371,7 @@ py::tuple record_spans(const Bytes& bytes, const Offsets& offsets, const Offsets
                        std::int64_t sentence_bytes) {
   const Texts texts(bytes, offsets);
   const std::int64_t* const document = checked_documents(texts, documents);
-  Recorder recorder({paragraph_bytes, checked_run_length(run_length), run_bytes, sentence_bytes});
+  Recorder recorder({paragraph_bytes, checked_run_length(run_length), run_bytes, sentence_bytes}, bytes.size());
   {
     py::gil_scoped_release release;
     for (std::int64_t i = 0; i < texts.size(); ++i) {
@@ -614,7 +622,8 @@ void bind_spans(py::module_& m) {
         py::arg("run_bytes"), py::arg("sentence_bytes"),
         "Records of the documents, paragraphs, runs of sentences and sentences of N texts; sentence_bytes < 0 and "
         "run_length 0 leave those out. Releases the GIL.");
-  m.def("sort_records", &sort_all, py::arg("records").noconvert(), "Sort records [R] in place by (high, low, place).");
+  m.def("sort_records", &sort_records, py::arg("pieces").noconvert(),
+        "The records of all arrays of a list, by (high, low, place).");
   m.def("count_below", &count_below, py::arg("records").noconvert(), py::arg("hashes").noconvert(),
         "How many of the sorted records have a `high` below each of the hashes uint64 [H]; reads no more of them than "
         "it needs.");

@@ -54,12 +54,10 @@ ALL_STAGES: tuple[StageName, ...] = get_args(StageName)
 class Execution:
     """Where the work is done; it never changes a result."""
 
-    executor: Literal["local", "ray", "slurm"] = "local"
-    """Processes of this machine, a Ray cluster, or SLURM job arrays."""
     workers: int = 0
-    """Processes or tasks at once; 0 takes one for each core of this machine."""
+    """Processes of this machine; 0 takes one for each core."""
     memory_gb: float = 0.0
-    """Memory of all local workers together; 0 takes 80 % of what is free."""
+    """Memory of all workers together; 0 takes 80 % of what is free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +111,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
 
 
 def executor_of(execution: Execution, work: Path) -> LocalExecutor:
-    """The executor that the settings ask for, to be used in a `with` block."""
+    """Processes as the settings ask for, to be used in a `with` block."""
     workers = execution.workers or len(os.sched_getaffinity(0))
     memory = int(execution.memory_gb * 1e9) or int(0.8 * psutil.virtual_memory().available)
     return LocalExecutor(workers, Limits(memory, work / "scratch"))

@@ -30,9 +30,7 @@ def find_repeats(records: Sequence[np.ndarray], *, more_than: int = 1) -> np.nda
     Returns:
         REPEAT [M], in the order of the places.
     """
-    together = np.concatenate([np.empty(0, RECORD), *records])
-    _cpu.sort_records(together)
-    repeats: np.ndarray = _cpu.find_repeats(together, more_than=more_than)
+    repeats: np.ndarray = _cpu.find_repeats(_cpu.sort_records(list(records)), more_than=more_than)
     return repeats
 
 
@@ -77,9 +75,8 @@ class RepeatFinder:
             yield find_repeats(pieces, more_than=self._more_than)
 
     def _spill(self) -> None:
-        together = np.concatenate([np.empty(0, RECORD), *self._waiting])
+        together = _cpu.sort_records(self._waiting)
         self._waiting, self._count = [], 0
-        _cpu.sort_records(together)
         path = self._folder / f"records-{len(self._files):06d}.npy"
         with atomic_file(path) as stream:
             np.save(stream, together)
