@@ -116,14 +116,9 @@ class RepeatedNgrams {
   }
 
  private:
-  struct Group {
-    std::uint32_t first, count;
-  };
-
   void number_words(Numbering& numbering) {
     numbering.reset(words_.size());
-    groups_.clear();
-    top_count_ = 0;
+    forget_groups();
     places_.resize(words_.size());
     group_.resize(words_.size());
     for (std::uint32_t i = 0; i < words_.size(); ++i) {
@@ -133,19 +128,25 @@ class RepeatedNgrams {
     keep_repeated();
   }
 
+  void forget_groups() {
+    firsts_.clear();
+    counts_.clear();
+    top_count_ = 0;
+  }
+
   std::uint32_t enter(std::uint32_t group, std::uint32_t place) {
-    if (group == groups_.size()) {
-      groups_.push_back({place, 0});
+    if (group == counts_.size()) {
+      firsts_.push_back(place);
+      counts_.push_back(0);
     }
-    top_count_ = std::max(top_count_, ++groups_[group].count);
+    top_count_ = std::max(top_count_, ++counts_[group]);
     return group;
   }
 
   // From (n-1)-grams to n-grams. Returns the characters in n-grams that have come before.
   std::uint64_t extend(Numbering& numbering, std::uint32_t n) {
     numbering.reset(places_.size());
-    groups_.clear();
-    top_count_ = 0;
+    forget_groups();
     std::size_t kept = 0;
     std::uint64_t repeated = 0;
     std::uint32_t counted = 0;  // words up to here are in `repeated` or not repeated
@@ -157,7 +158,7 @@ class RepeatedNgrams {
       const std::uint64_t key = static_cast<std::uint64_t>(group_[place]) << 32 | group_[place + 1];
       const std::uint32_t group = group_[place] = enter(numbering.number(key), place);
       places_[kept++] = place;
-      if (groups_[group].count > 1) {
+      if (counts_[group] > 1) {
         repeated += before_[place + n] - before_[std::max(place, counted)];
         counted = place + n;
       }
@@ -172,9 +173,9 @@ class RepeatedNgrams {
     }
     std::uint32_t group = 0;
     std::uint64_t longest = 0;
-    for (std::uint32_t g = 0; g < groups_.size(); ++g) {
-      if (groups_[g].count == top_count_ && characters(groups_[g], n) > longest) {
-        longest = characters(groups_[g], n);
+    for (std::uint32_t g = 0; g < counts_.size(); ++g) {
+      if (counts_[g] == top_count_ && before_[firsts_[g] + n] - before_[firsts_[g]] > longest) {
+        longest = before_[firsts_[g] + n] - before_[firsts_[g]];
         group = g;
       }
     }
@@ -189,13 +190,9 @@ class RepeatedNgrams {
     return covered;
   }
 
-  std::uint64_t characters(const Group& group, std::uint32_t n) const {
-    return before_[group.first + n] - before_[group.first];
-  }
-
   void keep_repeated() {
     places_.erase(std::remove_if(places_.begin(), places_.end(),
-                                 [&](std::uint32_t place) { return groups_[group_[place]].count < 2; }),
+                                 [&](std::uint32_t place) { return counts_[group_[place]] < 2; }),
                   places_.end());
   }
 
@@ -203,8 +200,9 @@ class RepeatedNgrams {
   std::vector<std::uint64_t> before_;   // characters of the words before each, and of all
   std::vector<std::uint32_t> places_;   // words at which an n-gram in work starts, ascending
   std::vector<std::uint32_t> group_;    // of the n-gram at each such word
-  std::vector<Group> groups_;
-  std::uint32_t top_count_ = 0;  // of the largest group
+  std::vector<std::uint32_t> firsts_;   // place of each group
+  std::vector<std::uint32_t> counts_;   // places of each group
+  std::uint32_t top_count_ = 0;         // of the largest group
 };
 
 }  // namespace b2::text

@@ -118,7 +118,7 @@ class Splitter {
 
   void split() {
     const char* position = first_ = white_space(start_).end;
-    while (position < end_) {
+    while (position < end_ && sentences_.size() + 1 < kMaxSentences) {
       const Lead lead = lead_at(position);
       if (lead <= Lead::Space) {
         ++position;

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 #include <vector>
@@ -21,6 +22,9 @@ struct Sentence {
   std::int64_t end;  // byte of the text
   Break after;
 };
+
+// A text has no more sentences; the last takes the rest. This bounds the memory for texts made of stops.
+inline constexpr std::size_t kMaxSentences = std::size_t{1} << 24;
 
 // Sentences of `text` in order; their bytes are all bytes of the text. A text without bytes has none.
 //

@@ -159,7 +159,7 @@ class Words {
       has_letter = has_letter || (k != Kind::Digit && k != Kind::Mark);
     }
     const std::uint64_t hash = hash_word<0>(word, limit);
-    add(hash, characters, has_letter, kKeywords.find(hash));
+    add(hash, characters, has_letter, first < 0x80 ? kKeywords.find(hash) : kNone);
     if (first_kind == Kind::Letter || first_kind == Kind::Digit) {
       spaced_characters += static_cast<std::int64_t>(characters);
       ++spaced;
@@ -419,10 +419,10 @@ class Analyzer {
     }
   }
 
-  // An end of a line ends a sentence, so that the sentences of the lines follow each other.
+  // An end of a line ends a sentence, so that the sentences of the lines follow each other (up to kMaxSentences).
   std::int64_t line_sentences() {
     const std::size_t before = next_sentence_;
-    while (sentences_[next_sentence_++].after == Break::None && next_sentence_ < sentences_.size()) {
+    while (next_sentence_ < sentences_.size() && sentences_[next_sentence_++].after == Break::None) {
     }
     return static_cast<std::int64_t>(next_sentence_ - before);
   }

@@ -140,6 +140,7 @@ namespace {
 // is the order of the corpus.
 constexpr int kPositionBits = 24;
 constexpr std::uint64_t kMaxPositions = std::uint64_t{1} << kPositionBits;
+static_assert(kMaxSentences <= kMaxPositions);
 constexpr std::int64_t kMaxDocuments = std::int64_t{1} << 40;
 
 struct Record {
@@ -321,7 +322,7 @@ class Recorder {
  private:
   static void add_if(std::string_view part, std::int64_t min_bytes, const Hash128& hash, std::uint64_t document,
                      std::uint64_t position, std::vector<Record>& records) {
-    if (static_cast<std::int64_t>(part.size()) >= min_bytes && position < kMaxPositions) {
+    if (static_cast<std::int64_t>(part.size()) >= min_bytes) {
       records.push_back({hash.high, hash.low, document | position});
     }
   }
@@ -334,7 +335,7 @@ class Recorder {
     }
     for (std::size_t i = 0; i + length <= hashes_.size(); ++i) {
       const std::size_t bytes = ends_[i + length] - ends_[i];
-      if (static_cast<std::int64_t>(bytes) >= limits_.run_bytes && i < kMaxPositions) {
+      if (static_cast<std::int64_t>(bytes) >= limits_.run_bytes) {
         const Hash128 hash = murmur3({reinterpret_cast<const char*>(hashes_.data() + i), length * sizeof(Hash128)});
         runs.push_back({hash.high, hash.low, document | i});
       }

@@ -19,7 +19,7 @@ RECORD: Final = np.dtype([("high", np.uint64), ("low", np.uint64), ("place", np.
 """24 bytes: the hash of a part, and its place."""
 
 POSITION_BITS: Final = 24
-"""A document may have 2^24 parts of a kind (later ones are never compared), a corpus 2^40 documents."""
+"""A document has at most 2^24 parts of a kind (the last takes the rest), a corpus 2^40 documents."""
 
 
 def place_of(document: np.ndarray | int, position: np.ndarray | int = 0) -> np.ndarray:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_b2 import _cpu
-from megatron_b2.corpus.spans import split_paragraphs, split_sentences
+from megatron_b2.corpus.signals import measure_signals
+from megatron_b2.corpus.spans import (
+    SpanLimits,
+    position_of,
+    record_spans,
+    split_paragraphs,
+    split_sentences,
+)
 from megatron_b2.documents.texts import Texts
 
 # Cuts are where a bar stands.
@@ -159,3 +166,17 @@ def test_long_lines_take_linear_time() -> None:
     """Twenty times the text in about twenty times the steps: none of these looks back to the start of its line."""
     for unit in ('."a', "A. a ", " ", '"', "... ", "。", "(", "1. "):
         assert "".join(pieces(unit * 200_000)) == unit * 200_000
+
+
+def test_a_text_of_stops_takes_bounded_memory() -> None:
+    """The last of 2^24 sentences takes the rest, also for the signals and records."""
+    text = "!\n" * ((1 << 24) + 9)
+    column = Texts.of([text])
+    sentences, firsts = split_sentences(column)
+    assert firsts.tolist() == [0, 1 << 24]
+    assert sentences.offsets[-2:].tolist() == [len(text) - 20, len(text)]
+    assert measure_signals(column)["sentences"].tolist() == [1 << 24]
+    limits = SpanLimits(run_length=0, sentence_bytes=2)
+    assert position_of(record_spans(column, np.array([0]), limits).sentences["place"]).tolist() == [
+        (1 << 24) - 1
+    ]
