@@ -17,8 +17,8 @@ from sentencepiece import sentencepiece_model_pb2
 from megatron_b2._cpu import BpeEncoder
 from megatron_b2.documents.texts import Texts
 
-_CACHE_BITS = 17
-"""A thread's caches of known chunks take 2.25 x 2^17 x 64 bytes = 19 MB at most (our choice)."""
+CACHE_BITS = 17
+"""A thread's caches of known chunks take at most 2^17 x 144 bytes = 19 MB (our choice)."""
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 _SILENT = (_Piece.UNKNOWN, _Piece.CONTROL)
@@ -60,8 +60,11 @@ class FastEncoder:
     longest at each place; control pieces never come out.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        """Raises ValueError for a vocabulary that is `unsupported`."""
+    def __init__(self, vocabulary: Vocabulary, *, cache_bits: int = CACHE_BITS) -> None:
+        """cache_bits: a thread's caches take at most 2^cache_bits x 144 bytes; 3 to 30.
+
+        Raises ValueError for a vocabulary that is `unsupported`.
+        """
         if vocabulary.unsupported:
             raise ValueError(vocabulary.unsupported)
         texts = Texts.of(vocabulary.pieces)
@@ -72,7 +75,7 @@ class FastEncoder:
             kinds=vocabulary.kinds,
             ranks=np.unique(-vocabulary.scores, return_inverse=True)[1].astype(np.int32),
             byte_ids=np.array([ids[f"<0x{byte:02X}>"] for byte in range(256)], np.int32),
-            cache_bits=_CACHE_BITS,
+            cache_bits=cache_bits,
         )
 
     def encode(self, texts: Texts, *, last_id: int = -1) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -38,7 +38,9 @@ class EncoderPool {
  public:
   EncoderPool(const Bytes& data, const Offsets& offsets, const Kinds& kinds, const Int32Array& ranks,
               const Int32Array& byte_ids, int cache_bits)
-      : model_(make_model(data, offsets, kinds, ranks, byte_ids)), cache_bits_(cache_bits) {}
+      : model_(make_model(data, offsets, kinds, ranks, byte_ids)), cache_bits_(cache_bits) {
+    if (cache_bits < 3 || cache_bits > 30) throw std::invalid_argument("cache_bits is 3 to 30");
+  }
 
   py::tuple encode(const Bytes& data, const Offsets& offsets, std::int32_t last_id) {
     const Texts texts(data, offsets);

@@ -52,27 +52,23 @@ void Encoder::encode(std::string_view text, const char* limit, Ids& out) {
   encode_part(text, limit, out);
 }
 
+// A text without U+2581.
 void Encoder::encode_part(std::string_view part, const char* limit, Ids& out) {
   const std::size_t size = out.size();
-  const Outcome outcome = encode_chunks(part, limit, out);
-  if (outcome == Outcome::kDone) return;
+  if (encode_valid(part, limit, out)) return;
   out.truncate(size);
-  if (outcome == Outcome::kInvalid) {
-    const std::string valid = repaired(part);
-    encode_part(valid, valid.data() + valid.size(), out);
-  } else {
-    merger_.encode_whole(part, out);
-  }
+  const std::string valid = repaired(part);
+  encode_valid(valid, valid.data() + valid.size(), out);
 }
 
-Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit, Ids& out) {
+// False, with a part of the ids appended, when the text is not valid UTF-8.
+bool Encoder::encode_valid(std::string_view part, const char* limit, Ids& out) {
   const char* const end = part.data() + part.size();
   const char* begin = part.data();  // of the chunk
   std::array<Item, kBatch> items;
   std::size_t num_items = 0;
-  bool taken_apart = false;
   const auto encode_batch = [&]() {
-    taken_apart |= !encode_items(items.data(), num_items, limit, out);
+    encode_items(items.data(), num_items, limit, out);
     num_items = 0;
   };
   const auto add = [&](const Item& item) {
@@ -96,7 +92,7 @@ Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit
   for (const char* p = begin; p < end;) {
     std::uint32_t code = 0;
     const int length = read_character(p, end, code);
-    if (length == 0) return Outcome::kInvalid;
+    if (length == 0) return false;
     if (model_.may_start_user_symbol(code) && take_user_symbol(p)) {
       p = begin;
       continue;
@@ -127,12 +123,11 @@ Encoder::Outcome Encoder::encode_chunks(std::string_view part, const char* limit
   }
   cut(end);
   encode_batch();
-  return taken_apart ? Outcome::kTakenApart : Outcome::kDone;
+  return true;
 }
 
-// Appends the ids of all items; false when an unused piece came out. The caches are larger than those of the
-// processor, so the places of all items are fetched before the first is needed.
-bool Encoder::encode_items(const Item* items, std::size_t count, const char* limit, Ids& out) {
+// The caches are larger than those of the processor: all items are looked up a first time, only to fetch memory.
+void Encoder::encode_items(const Item* items, std::size_t count, const char* limit, Ids& out) {
   for (std::size_t i = 0; i < count; ++i) {
     const std::string_view chunk = items[i].chunk;
     if (chunk.empty()) continue;
@@ -142,33 +137,35 @@ bool Encoder::encode_items(const Item* items, std::size_t count, const char* lim
       words_.fetch(words_.key(chunk, limit));
     }
   }
-  bool whole = true;
   for (std::size_t i = 0; i < count; ++i) {
     if (items[i].chunk.empty()) {
       out.push(items[i].user_symbol);
     } else {
-      whole &= encode_chunk(items[i].chunk, limit, out);
+      encode_chunk(items[i].chunk, limit, out);
     }
   }
-  return whole;
 }
 
-bool Encoder::encode_chunk(std::string_view chunk, const char* limit, Ids& out) {
-  if (chunk.size() <= short_.kMaxBytes) return encode_cached(chunk, limit, short_, out);
-  if (chunk.size() <= words_.kMaxBytes) return encode_cached(chunk, limit, words_, out);
-  if (chunk.size() <= phrases_.kMaxBytes) return encode_cached(chunk, limit, phrases_, out);
-  return merger_.encode_chunk(chunk, out);
+void Encoder::encode_chunk(std::string_view chunk, const char* limit, Ids& out) {
+  if (chunk.size() <= short_.kMaxBytes) {
+    encode_cached(chunk, limit, short_, out);
+  } else if (chunk.size() <= words_.kMaxBytes) {
+    encode_cached(chunk, limit, words_, out);
+  } else if (chunk.size() <= phrases_.kMaxBytes) {
+    encode_cached(chunk, limit, phrases_, out);
+  } else {
+    merger_.encode(chunk, out);
+  }
 }
 
 template <typename Cache>
-bool Encoder::encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out) {
+void Encoder::encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out) {
   const typename Cache::Key key = Cache::key(chunk, limit);
-  if (cache.find(key, out)) return true;
+  if (cache.find(key, out)) return;
   const std::size_t size = out.size();
-  if (!merger_.encode_chunk(chunk, out)) return false;
+  merger_.encode(chunk, out);
   const std::size_t count = out.size() - size;
   if (count <= Cache::kMaxIds) cache.put(key, out.data() + size, count);
-  return true;
 }
 
 }  // namespace b2::encode

@@ -20,7 +20,7 @@ namespace b2::encode {
 // Has a cache of its own: one for each thread.
 class Encoder {
  public:
-  // cache_bits: the caches take 2.25 x 2^cache_bits x 64 bytes.
+  // cache_bits: 3 or more; the caches take 2^cache_bits x 144 bytes at most.
   Encoder(const Model& model, int cache_bits)
       : model_(model), merger_(model), short_(cache_bits - 2), words_(cache_bits), phrases_(cache_bits) {}
 
@@ -31,7 +31,6 @@ class Encoder {
   void encode(std::string_view text, const char* limit, Ids& out);
 
  private:
-  enum class Outcome { kDone, kInvalid, kTakenApart };
   // A chunk, or, where that is empty, a user-defined symbol.
   struct Item {
     std::string_view chunk;
@@ -39,11 +38,11 @@ class Encoder {
   };
 
   void encode_part(std::string_view part, const char* limit, Ids& out);
-  Outcome encode_chunks(std::string_view part, const char* limit, Ids& out);
-  bool encode_items(const Item* items, std::size_t count, const char* limit, Ids& out);
-  bool encode_chunk(std::string_view chunk, const char* limit, Ids& out);
+  bool encode_valid(std::string_view part, const char* limit, Ids& out);
+  void encode_items(const Item* items, std::size_t count, const char* limit, Ids& out);
+  void encode_chunk(std::string_view chunk, const char* limit, Ids& out);
   template <typename Cache>
-  bool encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out);
+  void encode_cached(std::string_view chunk, const char* limit, Cache& cache, Ids& out);
 
   const Model& model_;
   Merger merger_;

@@ -11,12 +11,11 @@ namespace {
 
 constexpr std::int32_t kNever = std::numeric_limits<std::int32_t>::max();
 constexpr std::uint32_t kEnd = std::numeric_limits<std::uint32_t>::max();
-constexpr std::int32_t kUserDefined = ~static_cast<std::int32_t>(kMaxCode + 1);
 constexpr std::size_t kShort = 256;  // up to here a scan for the best pair is faster than a queue
 
 }  // namespace
 
-bool Merger::encode_chunk(std::string_view chunk, Ids& out) {
+void Merger::encode(std::string_view chunk, Ids& out) {
   symbols_.clear();
   const char* end = chunk.data() + chunk.size();
   std::uint32_t code = 0;
@@ -29,43 +28,15 @@ bool Merger::encode_chunk(std::string_view chunk, Ids& out) {
   } else {
     merge_long();
   }
-  for (const std::int32_t symbol : symbols_) {
-    if (model_.is_taken_apart(symbol)) return false;
-  }
   for (const std::int32_t symbol : symbols_) write(symbol, out);
-  return true;
 }
 
-void Merger::encode_whole(std::string_view text, Ids& out) {
-  symbols_.clear();
-  parts_.clear();
-  const char* end = text.data() + text.size();
-  std::uint32_t code = 0;
-  for (const char* p = text.data(); p < end;) {
-    std::int32_t id = 0;
-    const std::size_t length = model_.match_user_symbol(p, end, id);
-    if (length > 0) {
-      p += length;
-      symbols_.push_back(kUserDefined - id);
-    } else {
-      p += read_character(p, end, code);
-      symbols_.push_back(model_.character(as_in_model(code)));
-    }
-  }
-  merge_long();
-  std::vector<std::int32_t> stack;
-  for (const std::int32_t symbol : symbols_) {
-    for (stack.push_back(symbol); !stack.empty();) {
-      const std::int32_t top = stack.back();
-      stack.pop_back();
-      if (model_.is_taken_apart(top)) {
-        const auto& [left, right] = parts_.at(top);
-        stack.insert(stack.end(), {right, left});
-      } else {
-        write(top, out);
-      }
-    }
-  }
+// SentencePiece takes an unused piece apart into the two symbols that it met last. These do not depend on the text
+// around: until something outside joins in, the characters of a piece merge in one and the same order everywhere.
+const Merge* Merger::find_merge(std::int32_t left, std::int32_t right) {
+  const Merge* merge = model_.merge(left, right);
+  if (merge != nullptr && model_.is_taken_apart(merge->symbol)) parts_[merge->symbol] = {left, right};
+  return merge;
 }
 
 void Merger::merge_short() {
@@ -73,7 +44,7 @@ void Merger::merge_short() {
   ranks_.resize(count);
   joined_.resize(count);
   const auto find = [&](std::size_t i) {
-    const Merge* merge = i + 1 < count ? model_.merge(symbols_[i], symbols_[i + 1]) : nullptr;
+    const Merge* merge = i + 1 < count ? find_merge(symbols_[i], symbols_[i + 1]) : nullptr;
     ranks_[i] = merge != nullptr ? merge->rank : kNever;
     joined_[i] = merge != nullptr ? merge->symbol : 0;
   };
@@ -102,12 +73,11 @@ void Merger::merge_long() {
   std::vector<std::uint32_t> next(count), previous(count);
   std::vector<std::uint64_t> queue;  // (rank, position) of pairs, also of some that are gone
   const auto find = [&](std::uint32_t i) {
-    const Merge* merge = next[i] != kEnd ? model_.merge(symbols_[i], symbols_[next[i]]) : nullptr;
+    const Merge* merge = next[i] != kEnd ? find_merge(symbols_[i], symbols_[next[i]]) : nullptr;
     ranks[i] = merge != nullptr ? merge->rank : kNever;
     if (merge == nullptr) return false;
     joined[i] = merge->symbol;
     queue.push_back(static_cast<std::uint64_t>(merge->rank) << 32 | i);
-    if (model_.is_taken_apart(merge->symbol)) parts_[merge->symbol] = {symbols_[i], symbols_[next[i]]};
     return true;
   };
   for (std::uint32_t i = 0; i < count; ++i) {
@@ -138,8 +108,10 @@ void Merger::merge_long() {
 }
 
 void Merger::write(std::int32_t symbol, Ids& out) const {
-  if (symbol <= kUserDefined) {
-    out.push(kUserDefined - symbol);
+  if (model_.is_taken_apart(symbol)) {
+    const auto& [left, right] = parts_.at(symbol);
+    write(left, out);
+    write(right, out);
   } else if (symbol >= 0 && symbol < model_.vocab_size()) {
     out.push(symbol);
   } else {

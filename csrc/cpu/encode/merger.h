@@ -18,23 +18,20 @@ class Merger {
  public:
   explicit Merger(const Model& model) : model_(model) {}
 
-  // Appends the ids of `chunk`, which is valid UTF-8 and holds no user-defined symbol and no U+2581. False, with
-  // nothing appended, when an unused piece comes out: how SentencePiece takes it apart depends on the whole text.
-  bool encode_chunk(std::string_view chunk, Ids& out);
-
-  // Appends the ids of a whole text, which is valid UTF-8 without U+2581, in one piece as SentencePiece works.
-  void encode_whole(std::string_view text, Ids& out);
+  // Appends the ids of `chunk`, which is valid UTF-8 and holds no user-defined symbol and no U+2581.
+  void encode(std::string_view chunk, Ids& out);
 
  private:
   void merge_short();
   void merge_long();
+  const Merge* find_merge(std::int32_t left, std::int32_t right);
   void write(std::int32_t symbol, Ids& out) const;
 
   const Model& model_;
   std::vector<std::int32_t> symbols_;  // of the chunk, in order
   std::vector<std::int32_t> ranks_;    // when a symbol joins with the one after it
   std::vector<std::int32_t> joined_;   // what they become
-  std::unordered_map<std::int32_t, std::pair<std::int32_t, std::int32_t>> parts_;  // of unused pieces, the latest
+  std::unordered_map<std::int32_t, std::pair<std::int32_t, std::int32_t>> parts_;  // what unused pieces came from
 };
 
 }  // namespace b2::encode

@@ -19,7 +19,6 @@
 namespace b2::encode {
 
 constexpr std::uint32_t kSpaceMark = 0x2581;
-constexpr std::uint32_t kMaxCode = 0x10FFFF;
 
 // What two neighbouring symbols become, and when: smaller ranks first, of equal ranks the leftmost.
 struct Merge {
