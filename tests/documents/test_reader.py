@@ -120,7 +120,9 @@ def test_what_pythons_parser_takes_is_taken(tmp_path: Path, line: bytes, text: s
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
+)
 KEYS = st.sampled_from(["text", "id", "language", "source", "x"])
 
 
