@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,23 +15,14 @@ from megatron_b2.checkpoint.hf import export_hf
 from megatron_b2.errors import CheckpointError
 from megatron_b2.parallel.comm import ProcessGroupComm
 from megatron_b2.testing.fork import run_ranks
+from tests import disk
 from tests.checkpoint.support import flat_state, make_hf_folder, numbered, save_small
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("this container may not mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disk.small_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def test_no_space_left(small_disk: Path) -> None:

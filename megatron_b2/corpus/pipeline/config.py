@@ -57,7 +57,8 @@ class Execution:
     workers: int = 0
     """Processes of this machine; 0 takes one for each core."""
     memory_gb: float = 0.0
-    """Memory of all workers together; 0 takes 80 % of what is free."""
+    """Memory of all workers together for the grouping of repeats, which goes on in files beyond it; 0 takes
+    80 % of what is free. Beside it a worker holds a unit a few times over."""
 
 
 @dataclass(frozen=True, kw_only=True)

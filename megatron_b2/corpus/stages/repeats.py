@@ -7,8 +7,10 @@ corpus stays.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,12 @@ from megatron_b2.corpus.pipeline.tasks import Function, Limits, Result, Task
 from megatron_b2.corpus.pipeline.view import View, read_view
 from megatron_b2.corpus.spans import (
     RECORD,
+    REPEAT,
     Records,
+    RepeatFinder,
     SpanLimits,
     document_of,
     find_cuts,
-    find_repeats,
     hash_texts,
     place_of,
     record_spans,
@@ -180,11 +183,16 @@ def _record_spans(task: Task, _: Limits) -> Result:
     return Result([_table(part) for array in found for part in split_by_hash(array, given.parts)])
 
 
-def _group(task: Task, _: Limits) -> Result:
+def _group(task: Task, limits: Limits) -> Result:
     """What repeats, by unit: rows (document, place, first)."""
     given: _Group = task.settings
-    records = [_array(read_part(path, given.part), RECORD) for path in task.inputs]
-    repeats = find_repeats(records, more_than=given.kind.more_than)
+    limits.scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=limits.scratch) as folder:
+        finder = RepeatFinder(Path(folder), memory_bytes=limits.memory, more_than=given.kind.more_than)
+        for path in task.inputs:
+            finder.add(_array(read_part(path, given.part), RECORD))
+        found = np.concatenate([np.empty(0, REPEAT), *finder.repeats()])
+    repeats = found[np.argsort(found["place"])]
     columns = {
         "document": document_of(repeats["place"]),
         "place": np.ascontiguousarray(repeats["place"]),

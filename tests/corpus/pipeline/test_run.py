@@ -10,8 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from megatron_b2.corpus.pipeline.stage import Stage
 from megatron_b2.corpus.pipeline.tasks import Limits
 from megatron_b2.errors import InputError, OutputError
 from tests.corpus.pipeline.examples import Odd, Total, write_documents
+from tests.disk import small_disk
 
 
 def go(
@@ -187,18 +187,6 @@ def test_the_driver_may_be_killed_at_any_moment(folder: Path) -> None:
     go(folder, workers=2)
     assert state(folder) == state(folder, "calm")
     assert not list((folder / "work").rglob(".*.tmp"))
-
-
-@contextmanager
-def small_disk(path: Path, size: str) -> Iterator[None]:
-    path.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], check=False)
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
 
 
 def test_a_full_disk_is_an_error_and_no_loss(folder: Path) -> None:
