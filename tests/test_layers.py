@@ -27,6 +27,7 @@ LAYERS = (
     ("engine",),
     ("training",),
     ("layouts",),
+    ("planner", "scaling"),
     ("testing",),
     ("cli",),
 )

@@ -4,6 +4,7 @@
 
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,21 @@ namespace py = pybind11;
 
 using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
 using Offsets = py::array_t<std::int64_t, py::array::c_style>;
+using Characters = py::array_t<std::uint32_t, py::array::c_style>;
+
+// The characters that those up to U+FFFF count as, or null if the table is empty.
+inline const std::uint32_t* checked_characters(const Characters& characters) {
+  if (characters.size() == 0) {
+    return nullptr;
+  }
+  if (characters.ndim() != 1 || characters.size() != 0x10000) {
+    throw std::invalid_argument("a table of characters is [65536] or empty");
+  }
+  if (*std::max_element(characters.data(), characters.data() + characters.size()) > 0x10FFFF) {
+    throw std::invalid_argument("a table of characters has characters up to U+10FFFF");
+  }
+  return characters.data();
+}
 
 // Views of arrays that the caller keeps alive; safe to read without the GIL.
 class Texts {

@@ -210,7 +210,8 @@ def test_no_width_and_no_type_of_attention_is_exempt(
 def test_attention_is_in_the_table_in_every_width_and_type() -> None:
     shapes = {v.shape for v in variants() if v.op == "causal_attention"}
     others = {f"head_dim {width}" for width in HEAD_DIMS if width != 128}
-    assert {x + form for x in ("13B", *others) for form in ("", " packed", " packed fp32")} <= shapes
+    forms = ("", " packed", " packed grouped", " packed fp32")
+    assert {x + form for x in ("13B", *others) for form in forms} <= shapes
 
 
 def test_values_of_a_row_are_no_wide_accesses() -> None:

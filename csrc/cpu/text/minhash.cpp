@@ -50,8 +50,8 @@ class Permutations {
 
 using Minima = void (*)(const std::vector<std::uint64_t>&, const Permutations&, std::uint32_t*);
 
-// out[p] = min over shingles of permutation p, for all p. Compiled twice, for AVX2 and without; the arithmetic is that
-// of integers, so both give the same.
+// out[p] = min over shingles of permutation p, for all p. Compiled for AVX-512, for AVX2 and without; the arithmetic is
+// that of integers, so all give the same.
 __attribute__((always_inline)) inline void minima(const std::vector<std::uint64_t>& shingles,
                                                   const Permutations& permutations, std::uint32_t* out) {
   for (std::size_t p = 0; p < permutations.padded(); p += kLanes) {
@@ -83,24 +83,36 @@ __attribute__((target("avx2"))) void minima_avx2(const std::vector<std::uint64_t
   minima(shingles, permutations, out);
 }
 
-Minima fastest_minima() { return __builtin_cpu_supports("avx2") ? minima_avx2 : minima_portable; }
+__attribute__((target("avx512f,prefer-vector-width=512"))) void minima_avx512(
+    const std::vector<std::uint64_t>& shingles, const Permutations& permutations, std::uint32_t* out) {
+  minima(shingles, permutations, out);
+}
+
+Minima fastest_minima() {
+  if (__builtin_cpu_supports("avx512f")) {
+    return minima_avx512;
+  }
+  return __builtin_cpu_supports("avx2") ? minima_avx2 : minima_portable;
+}
 #else
 Minima fastest_minima() { return minima_portable; }
 #endif
 
 Signatures minhash_signatures(const b2::Bytes& data, const b2::Offsets& offsets, std::int64_t length,
-                              std::int64_t permutations, std::uint64_t seed, bool portable) {
+                              std::int64_t permutations, std::uint64_t seed, const b2::Characters& characters,
+                              bool portable) {
   if (length < 1 || permutations < 1) {
     throw std::invalid_argument("a signature needs shingles of at least 1 word and at least 1 permutation, not " +
                                 std::to_string(length) + " and " + std::to_string(permutations));
   }
   const b2::Texts texts(data, offsets);
+  const std::uint32_t* table = b2::checked_characters(characters);
   Signatures signatures({texts.size(), permutations});
   std::uint32_t* out = signatures.mutable_data();
   py::gil_scoped_release release;
   const Permutations all(static_cast<std::size_t>(permutations), seed);
   const Minima minima_of = portable ? minima_portable : fastest_minima();
-  b2::text::Shingler shingler(static_cast<std::size_t>(length));
+  b2::text::Shingler shingler(static_cast<std::size_t>(length), table);
   std::vector<std::uint32_t> padded(all.padded());
   for (std::int64_t i = 0; i < texts.size(); ++i) {
     minima_of(shingler(texts[i]), all, padded.data());
@@ -136,9 +148,11 @@ Hashes band_hashes(const Signatures& signatures, std::int64_t bands, std::int64_
 
 void bind_minhash(py::module_& m) {
   m.def("minhash_signatures", &minhash_signatures, py::arg("data").noconvert(), py::arg("offsets").noconvert(),
-        py::kw_only(), py::arg("length"), py::arg("permutations"), py::arg("seed"), py::arg("portable") = false,
+        py::kw_only(), py::arg("length"), py::arg("permutations"), py::arg("seed"),
+        py::arg("characters").noconvert() = b2::Characters(0), py::arg("portable") = false,
         "MinHash signatures uint32 [N, permutations] of N texts by shingles of `length` words; a text without words "
-        "has 0xFFFFFFFF everywhere. `portable` leaves AVX2 unused; the result is the same. Releases the GIL.");
+        "has 0xFFFFFFFF everywhere. `characters`: see shingle_sets. `portable` leaves AVX-512 and AVX2 unused; the "
+        "result is the same. Releases the GIL.");
   m.def("band_hashes", &band_hashes, py::arg("signatures").noconvert(), py::kw_only(), py::arg("bands"),
         py::arg("rows"),
         "Hashes uint64 [bands, N] of signatures[:, band * rows : (band + 1) * rows]. Releases the GIL.");

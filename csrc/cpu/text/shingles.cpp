@@ -36,9 +36,10 @@ py::array_t<T> to_array(std::vector<T>&& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
 }
 
-py::tuple shingle_sets(const b2::Bytes& data, const b2::Offsets& offsets, std::int64_t length) {
+py::tuple shingle_sets(const b2::Bytes& data, const b2::Offsets& offsets, std::int64_t length,
+                       const b2::Characters& characters) {
   const b2::Texts texts(data, offsets);
-  b2::text::Shingler shingler(checked_length(length));
+  b2::text::Shingler shingler(checked_length(length), b2::checked_characters(characters));
   std::vector<std::uint64_t> values;
   std::vector<std::int64_t> starts{0};
   {
@@ -143,9 +144,10 @@ py::array_t<double> jaccard(const py::list& sets, const Indices& pairs) {
 
 void bind_shingles(py::module_& m) {
   m.def("shingle_sets", &shingle_sets, py::arg("data").noconvert(), py::arg("offsets").noconvert(), py::kw_only(),
-        py::arg("length"),
+        py::arg("length"), py::arg("characters").noconvert() = b2::Characters(0),
         "Sorted distinct shingles of N texts: uint64 [S] of all behind each other, and int64 [N + 1] where each set "
-        "starts. Releases the GIL.");
+        "starts. `characters`, uint32 [65536] or empty: the character that a word of one Han, kana or Hangul character "
+        "counts as. Releases the GIL.");
   m.def("jaccard", &jaccard, py::arg("sets"), py::arg("pairs").noconvert(),
         "Exact Jaccard similarity, float64 [E], of pairs int64 [E, 2]: numbers of sets, counted over a list of what "
         "shingle_sets returns. Releases the GIL.");

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_b2 import _cpu
+from megatron_b2.corpus.neighbours.han import characters
 from megatron_b2.corpus.neighbours.settings import NearDuplicates
 from megatron_b2.documents.texts import Texts
 
@@ -32,4 +33,5 @@ def signatures(texts: Texts, settings: NearDuplicates) -> np.ndarray:
         length=settings.ngram,
         permutations=settings.permutations,
         seed=settings.seed,
+        characters=characters(settings.across_scripts),
     )

@@ -19,10 +19,12 @@ class NearDuplicates:
     """Words of a shingle; a word is a Han, kana or Hangul character in scripts that use those."""
     threshold: float = 0.8
     """Least Jaccard similarity of the shingle sets of two duplicates."""
-    bands: int = 16
+    bands: int = 20
     """LSH bands: documents that agree in one of them are compared."""
-    rows: int = 8
+    rows: int = 6
     """Hashes of a band; a signature has bands x rows."""
+    across_scripts: bool = True
+    """Traditional Chinese characters count as their simplified forms: a text in both is a duplicate."""
     first: int = 4
     """In a bucket every document is compared with this many of the smallest indices ..."""
     previous: int = 4

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_b2 import _cpu
+from megatron_b2.corpus.neighbours.han import characters
 from megatron_b2.corpus.neighbours.settings import NearDuplicates
 from megatron_b2.documents.texts import Texts
 from megatron_b2.errors import DataError
@@ -28,7 +29,12 @@ class ShingleSets:
     @classmethod
     def of(cls, texts: Texts, documents: np.ndarray, settings: NearDuplicates) -> ShingleSets:
         """Of texts [M] with the indices `documents`, int64 [M], ascending."""
-        values, offsets = _cpu.shingle_sets(texts.data, texts.offsets, length=settings.ngram)
+        values, offsets = _cpu.shingle_sets(
+            texts.data,
+            texts.offsets,
+            length=settings.ngram,
+            characters=characters(settings.across_scripts),
+        )
         return cls(documents, values, offsets)
 
     def to_arrow(self) -> pa.Table:

@@ -1,7 +1,8 @@
 """Causal attention in fused Triton kernels: plain, ALiBi, packed documents, head widths up to 160.
 
-Nothing of [Q, K] is ever stored: 4 bytes a query (its log-sum-exp) beside the inputs and the output. Forward
-and backward are deterministic. The kernels are in attention_forward.py and attention_backward.py.
+Nothing of [Q, K] is ever stored: 4 bytes a query (its log-sum-exp) beside the inputs and the output. Grouped
+heads get gradients of k and v in fp32 for each query head first, as in FlashAttention-2, and then their sum.
+Forward and backward are deterministic. The kernels are in attention_forward.py and attention_backward.py.
 
 Shapes: B batch, H heads, G query heads of one key head, D head width, Q queries, K keys.
 """
@@ -87,21 +88,24 @@ class TritonAttention:
         """See AttentionKernel."""
         call = _Call.of(rows.q, k, v, pattern, query_start, key_start, skip=self.skip_negligible)
         batch, heads, num_queries, head_dim = rows.q.shape
-        key_heads, num_keys = k.shape[1:3]
+        group, num_keys = heads // k.shape[1], k.shape[2]
         grad_out, lse, delta = _rows_first(rows.grad_out), rows.lse.contiguous(), rows.delta.contiguous()
         needed = call.needed(lse)
         grad_q = k.new_empty((batch, num_queries, heads, head_dim), dtype=dtype)
-        grad_k, grad_v = (k.new_empty((batch, num_keys, key_heads, head_dim), dtype=dtype) for _ in range(2))
+        partial = dtype if group == 1 else torch.float32
+        grad_k, grad_v = (k.new_empty((batch, num_keys, heads, head_dim), dtype=partial) for _ in range(2))
         tile = call.tiles.query_gradient
         query_kernel[(triton.cdiv(num_queries, tile.rows), heads, batch)](
             *call.inputs, call.starts, needed, grad_out, lse, delta, grad_q, *call.strides,
             *call.sizes(heads), **call.options, **_blocks(tile),
         )  # fmt: skip
         tile = call.tiles.key_gradient
-        key_kernel[(triton.cdiv(num_keys, tile.columns), key_heads, batch)](
+        key_kernel[(triton.cdiv(num_keys, tile.columns), heads, batch)](
             *call.inputs, call.ends, needed, grad_out, lse, delta, grad_k, grad_v, *call.strides,
-            *call.sizes(key_heads), **call.options, **_blocks(tile),
+            *call.sizes(heads), **call.options, **_blocks(tile),
         )  # fmt: skip
+        if group > 1:
+            grad_k, grad_v = (x.unflatten(2, (-1, group)).sum(3).to(dtype) for x in (grad_k, grad_v))
         return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2)
 
 

@@ -1,9 +1,10 @@
 """Causal flash attention, backward, without atomics: the same inputs give the same bits.
 
 Two kernels recompute the probabilities from the saved log-sum-exp (Dao 2023). One owns BLOCK_N keys of one
-key head and visits the queries that see them, for every query head of its group: gradients of k and v. The
-other owns BLOCK_M queries and visits their keys: gradient of q. That is 7 matrix products instead of 5, and
-no sum is made by more than one program. ALiBi and blocks without a mask are as in attention_forward.py.
+query head and visits the queries that see them: its part of the gradients of k and v, which the caller sums
+over the heads of a group. The other owns BLOCK_M queries and visits their keys: gradient of q. That is 7
+matrix products instead of 5, and no sum is made by more than one program. ALiBi and blocks without a mask
+are as in attention_forward.py.
 """
 
 from __future__ import annotations
@@ -167,63 +168,60 @@ def _visit_keys(
 def key_kernel(
     q_ptr, k_ptr, v_ptr, slopes_ptr, ends_ptr, needed_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr,
     grad_v_ptr, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    num_key_heads, num_queries, num_keys, query_start, key_start, length,
+    num_heads, num_queries, num_keys, query_start, key_start, length,
     SCALE: tl.constexpr, UNIT: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
     ALIBI: tl.constexpr, PACKED: tl.constexpr, SKIP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and v, [B, K, H / GROUP, D]; ends int32 [B, length]; grid (key tiles, H / GROUP, B)."""
+    """A query head's part of the gradients of k and v, [B, K, H, D]; ends int32 [B, length]; grid (key tiles,
+    H, B)."""
     key = tl.program_id(0) * BLOCK_N  # those with most queries begin first
-    key_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    num_heads = num_key_heads * GROUP
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     keys = key + tl.arange(0, BLOCK_N)
-    k_ptr += (batch * k_batch + key_head * k_head) * STEP
-    v_ptr += (batch * v_batch + key_head * v_head) * STEP
+    q_ptr += (batch * q_batch + head * q_head) * STEP
+    k_ptr += (batch * k_batch + head // GROUP * k_head) * STEP
+    v_ptr += (batch * v_batch + head // GROUP * v_head) * STEP
+    grad_out_ptr += (batch * num_queries * num_heads + head) * D
+    statistics = (batch * num_heads + head) * num_queries
     k, k_tail = operand(k_ptr, key, k_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, DEPTH, True)
     v, v_tail = operand(v_ptr, key, v_row, num_keys, BLOCK_N, HEAD, TAIL, D, STEP, DEPTH, True)
     shift = query_start - key_start
     slope, latest = 0.0, keys
+    if ALIBI:
+        slope = tl.load(slopes_ptr + head) * UNIT
     if PACKED:  # the last query that sees each key
         ends_ptr += batch * length + key_start
         latest = tl.load(ends_ptr + keys, mask=keys < num_keys, other=0) - query_start
-    begin, first_full, last_full, last = _query_range(
+    begin, full_begin, full_end, end = _query_range(
         ends_ptr, key, num_queries, num_keys, shift, query_start, PACKED, BLOCK_M, BLOCK_N
     )
+    if SKIP:
+        end = tl.minimum(end, _end_needed(needed_ptr + statistics, key + BLOCK_N, num_queries))
+        full_end = tl.minimum(full_end, end // BLOCK_M * BLOCK_M)
+    num_before, num_masked, full_begin, full_end = phases(begin, full_begin, full_end, end, BLOCK_M)
     grad_k, grad_v = tl.zeros((BLOCK_N, HEAD), tl.float32), tl.zeros((BLOCK_N, HEAD), tl.float32)
     grad_k_tail = tl.zeros((BLOCK_N, TAIL if TAIL > 0 else 1), tl.float32)
     grad_v_tail = tl.zeros((BLOCK_N, TAIL if TAIL > 0 else 1), tl.float32)
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        statistics = (batch * num_heads + head) * num_queries
-        end, full_end = last, last_full
-        if ALIBI:
-            slope = tl.load(slopes_ptr + head) * UNIT
-        if SKIP:
-            end = tl.minimum(end, _end_needed(needed_ptr + statistics, key + BLOCK_N, num_queries))
-            full_end = tl.minimum(full_end, end // BLOCK_M * BLOCK_M)
-        num_before, num_masked, full_begin, full_end = phases(begin, first_full, full_end, end, BLOCK_M)
-        head_q_ptr = q_ptr + (batch * q_batch + head * q_head) * STEP
-        head_grad_ptr = grad_out_ptr + (batch * num_queries * num_heads + head) * D
-        for t in range(num_masked):
-            row = masked_block(t, begin, num_before, full_end, BLOCK_M)
-            grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
-                grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, head_q_ptr, q_row,
-                head_grad_ptr, num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
-                key, shift, latest, slope,
-                SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_M, BLOCK_N, DEPTH, True,
-            )  # fmt: skip
-        for row in range(full_begin, full_end, BLOCK_M):
-            grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
-                grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, head_q_ptr, q_row,
-                head_grad_ptr, num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
-                key, shift, latest, slope,
-                SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_M, BLOCK_N, DEPTH, False,
-            )  # fmt: skip
-    base = (batch * num_keys * num_key_heads + key_head) * D
+    for t in range(num_masked):
+        row = masked_block(t, begin, num_before, full_end, BLOCK_M)
+        grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
+            grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, q_ptr, q_row, grad_out_ptr,
+            num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
+            key, shift, latest, slope,
+            SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_M, BLOCK_N, DEPTH, True,
+        )  # fmt: skip
+    for row in range(full_begin, full_end, BLOCK_M):
+        grad_k, grad_k_tail, grad_v, grad_v_tail = _visit_queries(
+            grad_k, grad_k_tail, grad_v, grad_v_tail, k, k_tail, v, v_tail, q_ptr, q_row, grad_out_ptr,
+            num_heads * D, lse_ptr + statistics, delta_ptr + statistics, row, num_queries,
+            key, shift, latest, slope,
+            SCALE, UNIT, D, HEAD, TAIL, STEP, ALIBI, PACKED, BLOCK_M, BLOCK_N, DEPTH, False,
+        )  # fmt: skip
+    base = (batch * num_keys * num_heads + head) * D
     grad_k, grad_k_tail = grad_k * (SCALE / UNIT), grad_k_tail * (SCALE / UNIT)
-    store_pair(grad_k_ptr + base, key, num_key_heads * D, num_keys, grad_k, grad_k_tail, TAIL, D)
-    store_pair(grad_v_ptr + base, key, num_key_heads * D, num_keys, grad_v, grad_v_tail, TAIL, D)
+    store_pair(grad_k_ptr + base, key, num_heads * D, num_keys, grad_k, grad_k_tail, TAIL, D)
+    store_pair(grad_v_ptr + base, key, num_heads * D, num_keys, grad_v, grad_v_tail, TAIL, D)
 
 
 @triton.jit

@@ -26,6 +26,8 @@ OTHER_HEAD_DIMS: Final = (64, 88, 104, 144, 152, 160)
 """Head widths of other models than 7B and 13B."""
 OTHER_HEADS: Final = 5
 """Odd, so that strides are multiples of the width and of nothing more."""
+GROUP: Final = 5
+"""Query heads of a key head where they are grouped."""
 DTYPE: Final = torch.bfloat16
 SINGLE: Final = "fp32"
 """Ends the shape of variants in fp32."""
@@ -61,7 +63,7 @@ def variants() -> tuple[Variant, ...]:
 
 
 def _attention_variants(models: Mapping[str, ModelConfig]) -> Iterator[Variant]:
-    """Attention over packed documents, in other widths and in fp32."""
+    """Attention over packed documents, in other widths, with grouped heads and in fp32."""
     op, alibi = "causal_attention", models["13B"]
     for name, model in models.items():
         for size in TENSOR_PARALLEL:
@@ -69,13 +71,14 @@ def _attention_variants(models: Mapping[str, ModelConfig]) -> Iterator[Variant]:
     for size in TENSOR_PARALLEL:
         yield Variant(op, "13B skipping", size, _bound(_skipping_attention, alibi, size))
     others = {
-        width: replace(alibi, num_heads=OTHER_HEADS, hidden_size=OTHER_HEADS * width)
+        f"head_dim {width}": replace(alibi, num_heads=OTHER_HEADS, hidden_size=OTHER_HEADS * width)
         for width in OTHER_HEAD_DIMS
     }
-    for width, model in others.items():
-        yield Variant(op, f"head_dim {width}", 1, _bound(_attention, model, 1))
-        yield Variant(op, f"head_dim {width} packed", 1, _bound(_packed_attention, model, 1))
-    for name, model in (("13B", alibi), *((f"head_dim {width}", model) for width, model in others.items())):
+    for name, model in others.items():
+        yield Variant(op, name, 1, _bound(_attention, model, 1))
+        yield Variant(op, f"{name} packed", 1, _bound(_packed_attention, model, 1))
+    for name, model in ("13B", alibi), *others.items():
+        yield Variant(op, f"{name} packed grouped", 1, _bound(_grouped_attention, model, 1))
         yield Variant(op, f"{name} packed {SINGLE}", 1, _bound(_single_attention, model, 1))
 
 
@@ -129,6 +132,7 @@ def _attention(
     size: int,
     documents: Documents | None = None,
     *,
+    group: int = 1,
     skip_negligible: bool = False,
     dtype: torch.dtype = DTYPE,
 ) -> None:
@@ -140,13 +144,14 @@ def _attention(
     if model.position == "rope":
         # rope_split makes new queries and keys and leaves the values where they are.
         q, k = (_empty(1, TOKENS, heads, head_dim, dtype=dtype) for _ in range(2))
+    k, v = (x[:, :, : heads // group] for x in (k, v))
     slopes = torch.empty(heads, device="meta") if model.position == "alibi" else None
     kernel = TritonAttention(skip_negligible=skip_negligible)
     out = attend(q, k, v, alibi_slopes=slopes, documents=documents, kernel=kernel)
     _backward([out], [q, k, v])
 
 
-def _packed_attention(model: ModelConfig, size: int, dtype: torch.dtype = DTYPE) -> None:
+def _packed_attention(model: ModelConfig, size: int, *, group: int = 1, dtype: torch.dtype = DTYPE) -> None:
     segments = torch.arange(TOKENS).div(DOCUMENT_TOKENS, rounding_mode="floor").unsqueeze(0)
     documents = Documents.of(segments)
     assert documents is not None
@@ -154,11 +159,15 @@ def _packed_attention(model: ModelConfig, size: int, dtype: torch.dtype = DTYPE)
     tensors: dict[str, Any] = {
         name: value.to("meta") for name, value in vars(documents).items() if isinstance(value, Tensor)
     }
-    _attention(model, size, replace(documents, **tensors), dtype=dtype)
+    _attention(model, size, replace(documents, **tensors), group=group, dtype=dtype)
 
 
 def _single_attention(model: ModelConfig, size: int) -> None:
-    _packed_attention(model, size, torch.float32)
+    _packed_attention(model, size, dtype=torch.float32)
+
+
+def _grouped_attention(model: ModelConfig, size: int) -> None:
+    _packed_attention(model, size, group=GROUP)
 
 
 def _skipping_attention(model: ModelConfig, size: int) -> None:

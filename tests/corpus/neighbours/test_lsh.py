@@ -23,7 +23,7 @@ from megatron_b2.corpus.neighbours.minhash import NO_HASH
 from megatron_b2.corpus.neighbours.settings import NearDuplicates
 from megatron_b2.errors import ConfigError
 
-SETTINGS = NearDuplicates()
+SETTINGS = NearDuplicates(bands=16, rows=8)
 RECORDS = st.lists(st.tuples(st.integers(0, 6).map(lambda h: h << 60 | h), st.integers(0, 30)), max_size=60)
 
 

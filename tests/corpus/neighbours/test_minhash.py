@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_b2 import _cpu
+from megatron_b2.corpus.neighbours.han import simplified
 from megatron_b2.corpus.neighbours.minhash import NO_HASH, signatures, words
 from megatron_b2.corpus.neighbours.settings import NearDuplicates
+from megatron_b2.corpus.neighbours.verify import ShingleSets, verified
 from megatron_b2.documents.texts import Texts
 from megatron_b2.errors import ConfigError
 from tests.corpus.neighbours.languages import ALPHABETS, random_words, written
@@ -196,3 +199,46 @@ def test_wrong_arrays_are_refused() -> None:
         _cpu.jaccard([(sets[0], np.array([0, 2]))], np.array([[0, 0]]))
     with pytest.raises(ValueError, match="pairs of values uint64"):
         _cpu.jaccard([(sets[0].astype(np.int64), sets[1])], np.array([[0, 0]]))
+
+
+def test_a_text_in_traditional_and_in_simplified_characters_is_the_same() -> None:
+    """OpenCC's whole converter also looks at phrases; this text has none that it treats in another way."""
+    simplified = "这个项目从头训练一个大型语言模型，并说明数据的来源和处理的方法。Unicode テスト 한국어"
+    traditional = "這個項目從頭訓練一個大型語言模型，並說明數據的來源和處理的方法。Unicode テスト 한국어"
+    texts = Texts.of([simplified, traditional])
+    first, second = signatures(texts, SETTINGS)
+    assert (first == second).all()
+    assert jaccard_of(texts, SETTINGS) == 1
+    apart = replace(SETTINGS, across_scripts=False)
+    assert signatures(texts, apart)[0].tolist() == first.tolist()
+    assert jaccard_of(texts, apart) < 0.6
+
+
+def jaccard_of(texts: Texts, settings: NearDuplicates) -> float:
+    """Similarity of two texts."""
+    edges = verified(
+        np.array([[0, 1]]),
+        [ShingleSets.of(texts, np.arange(2), settings)],
+        replace(settings, threshold=1e-9),
+    )
+    return float(edges.jaccard[0])
+
+
+def test_only_characters_with_a_simplified_form_are_mapped() -> None:
+    table = simplified()
+    changed = np.flatnonzero(table != np.arange(1 << 16))
+    assert changed.min() >= 0x3400
+    assert changed.max() <= 0x9FFF
+    assert [chr(table[ord(c)]) for c in "漢語学a한が"] == list("汉语学a한が")
+    own = table[table < 1 << 16]
+    assert (table[own] == own).mean() > 0.9999  # a simplified form is its own
+
+
+def test_tables_of_characters_are_checked() -> None:
+    texts = Texts.of(["x"])
+    with pytest.raises(ValueError, match=r"\[65536\] or empty"):
+        _cpu.shingle_sets(texts.data, texts.offsets, length=5, characters=np.zeros(3, np.uint32))
+    with pytest.raises(ValueError, match=r"U\+10FFFF"):
+        _cpu.shingle_sets(
+            texts.data, texts.offsets, length=5, characters=np.full(1 << 16, 0x110000, np.uint32)
+        )
