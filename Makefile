@@ -26,7 +26,7 @@ DEPENDENCIES := $(VENV)/.dependencies
 EXTENSION := $(VENV)/.extension
 CSRC := $(shell find csrc -type f)
 
-.PHONY: help setup quickstart corpus-demo test test-all lint bench clean
+.PHONY: help setup quickstart corpus-demo scaling-demo test test-all lint bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -38,6 +38,9 @@ quickstart: setup  ## real text, tokenizer, pre-training on 2 processes, export:
 
 corpus-demo: setup  ## a real Chinese and English corpus through the whole pipeline, with report
 	$(PY) tools/corpus_demo.py
+
+scaling-demo: setup  ## a ladder of small models, its scaling law, and the largest predicted before it is trained
+	$(PY) tools/scaling_demo.py
 
 test: setup  ## all tests except the slow ones
 	$(PYTEST) -m "not slow" $(TEST_ARGS)

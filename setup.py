@@ -112,7 +112,16 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_b2", "megatron_b2.*"]),
-    package_data={"megatron_b2": ["py.typed", "*.pyi", "config/presets/*.toml", "_cuda.txt"]},
+    package_data={
+        "megatron_b2": [
+            "py.typed",
+            "*.pyi",
+            "config/presets/*.toml",
+            "planner/*.toml",
+            "planner/published/*.csv",
+            "_cuda.txt",
+        ]
+    },
     install_requires=requirements("runtime"),
     extras_require={
         "deepspeed": requirements("deepspeed"),

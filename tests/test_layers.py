@@ -107,6 +107,8 @@ def test_no_upward_import() -> None:
         ("torch", ("parallel/", "ops/", "model/", "data/", "pipeline/", "optim/", "checkpoint/", "engine/", "training/", "testing/",
                    "cli/", "api.py")),
         ("transformers", ("testing/",)),
+        ("ray", ("corpus/pipeline/ray_cluster.py",)),
+        ("submitit", ("corpus/pipeline/slurm.py",)),
     ],
 )  # fmt: skip
 def test_libraries_stay_where_they_belong(library: str, homes: tuple[str, ...]) -> None:

@@ -49,7 +49,7 @@ class Stats:
     Example: b2 corpus stats --input corpus mytext.jsonl.zst --on-error skip --json stats.json
     """
 
-    input: tuple[Path, ...]
+    input: tuple[str, ...]
     """Files or folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
     text_key: str = "text"
     """Key or column that holds the text."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import tyro
 
 from megatron_b2.errors import InputError
+
+TIMES: Final = "times.json"
+"""In the work folder: tasks and seconds of each stage in the last run."""
+SHORT: Final[Mapping[str, str]] = {
+    "--executor": "--execution.executor",
+    "--address": "--execution.ray.address",
+}
+"""Flags of `b2 corpus run` with a shorter form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +27,11 @@ class Run:
 
     Settings of the file can be replaced: --minhash.threshold 0.7, --execution.workers 8, --stages
     normalize exact minhash. A run that was stopped in any way goes on where it was; `b2 corpus report`
-    shows the result.
+    shows the result. The work is done on processes of this machine, on a Ray cluster or in SLURM job arrays.
 
-    Example: b2 corpus run examples/corpus/zhen.toml --execution.workers 2
+    Examples: b2 corpus run examples/corpus/zhen.toml --execution.workers 2
+    b2 corpus run examples/corpus/zhen.toml --executor ray --address auto
+    b2 corpus run examples/corpus/zhen.toml --executor slurm --execution.slurm.partition cpu
     """
 
     pipeline: Annotated[Path, tyro.conf.Positional]
@@ -91,16 +101,21 @@ def main(command: object) -> int:
 
 def run(arguments: Sequence[str]) -> int:
     """`b2 corpus run PIPELINE [--key VALUE ...]`."""
-    from megatron_b2.corpus.pipeline.config import executor_of, load_pipeline
+    from megatron_b2.corpus.pipeline.config import load_pipeline
+    from megatron_b2.corpus.pipeline.execution import executor_of
     from megatron_b2.corpus.pipeline.run import run_pipeline
+    from megatron_b2.files.atomic import write_json
 
     if not arguments or arguments[0].startswith("-"):
         raise InputError("PIPELINE is missing: b2 corpus run PIPELINE.toml [--key VALUE ...]")
-    config = load_pipeline(Path(arguments[0]), arguments[1:])
+    flags = (argument.partition("=") for argument in arguments[1:])
+    overrides = [SHORT.get(flag, flag) + equals + value for flag, equals, value in flags]
+    config = load_pipeline(Path(arguments[0]), overrides)
     work = Path(config.work)
     with executor_of(config.execution, work) as executor:
         done = run_pipeline(config.input, config.chosen(), work=work, executor=executor)
     rows = [(name, f"{t.tasks:,}", f"{t.reused:,}", f"{t.seconds:,.1f}") for name, t in done.times.items()]
+    write_json(work / TIMES, {"stages": {name: asdict(time) for name, time in done.times.items()}})
     _print_table(("stage", "tasks", "done before", "seconds"), rows)
     for line in done.repaired:
         print(f"damaged, made again: {line}")

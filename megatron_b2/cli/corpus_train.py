@@ -24,7 +24,7 @@ class TrainQuality:
     Example: b2 corpus train-quality --clean corpus/en.jsonl --language en --out models/en
     """
 
-    clean: tuple[Path, ...]
+    clean: tuple[str, ...]
     """Files or folders of clean documents: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
     out: Path
     """New folder of the models."""
@@ -51,7 +51,7 @@ class TrainPerplexity:
     Example: b2 corpus train-perplexity --input corpus/en.jsonl --out en.safetensors --arpa en.arpa
     """
 
-    input: tuple[Path, ...]
+    input: tuple[str, ...]
     """Files or folders of documents."""
     out: Path
     """The model."""
@@ -71,7 +71,7 @@ class TrainLanguage:
     Example: b2 corpus train-language --input corpus --out languages.bin
     """
 
-    input: tuple[Path, ...]
+    input: tuple[str, ...]
     """Files or folders of documents with a key or column "language"."""
     out: Path
     """The model; its labels go to a .json beside it."""
@@ -96,7 +96,7 @@ def main(command: object) -> int:
     raise AssertionError(f"no such command: {command}")
 
 
-def _texts(paths: Sequence[Path], text_key: str, *, source: str = "") -> Iterator[tuple[str, str]]:
+def _texts(paths: Sequence[Path | str], text_key: str, *, source: str = "") -> Iterator[tuple[str, str]]:
     """(language, text) of documents."""
     from megatron_b2.documents import expand_inputs, read_documents
 

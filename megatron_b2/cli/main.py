@@ -24,6 +24,8 @@ COMMANDS: Final[Mapping[str, str]] = MappingProxyType(
         "generate": "write text with a checkpoint or a Hugging Face folder",
         "config": "show, check and list configurations",
         "layout": "check a parallel layout, and what it costs, before it runs",
+        "plan": "time, memory, days and failures of a run, before it is paid for",
+        "scaling": "fit a scaling law to a ladder of small runs, and predict a large one",
         "ops": "which kernels this machine can run, and proof that they are right",
         "selftest": "prove on this machine that every parallel layout equals one process",
     }

@@ -30,7 +30,7 @@ class Preprocess:
     Example: b2 preprocess corpus/zh-Hans.jsonl --tokenizer tokenizer --output data/zh --workers 8
     """
 
-    inputs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
     """Files and folders to read, in this order."""
     tokenizer: Path
     """SentencePiece tokenizer.model, or the folder that holds it."""

@@ -25,7 +25,7 @@ class Train:
     en=0.4
     """
 
-    input: tuple[Path, ...]
+    input: tuple[str, ...]
     """Documents: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt files or folders."""
     out: Path
     """Folder to make."""
@@ -63,7 +63,7 @@ class Report:
 
     tokenizer: tuple[Path, ...]
     """SentencePiece models, tokenizer.json files or folders with one of them."""
-    input: tuple[Path, ...]
+    input: tuple[str, ...]
     """Documents, as for train."""
     max_bytes: float | None = 2e6
     """Text measured of each language; none takes all."""

@@ -19,7 +19,19 @@ class Document:
     path: str = ""
     """File it was read from."""
     line: int = 0
-    """1-based line of a JSONL file or row of a Parquet file; 1 for a text file."""
+    """1-based line of a JSONL file, row of a Parquet file or record of a WARC file; 1 for a file that is one
+    document."""
+    url: str = ""
+    """Address it was fetched from, where the input names one."""
+
+
+class MalformedError(Exception):
+    """A record (or the rest of a file) cannot be read."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+        self.reason = reason
 
 
 @dataclass(slots=True)

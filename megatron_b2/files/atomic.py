@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -106,8 +107,8 @@ def sync_folder(path: Path) -> None:
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    """A sibling of this process alone, so that nobody else's file is ever in the way."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
+    """A sibling of this process alone, on whatever node, so that nobody else's file is ever in the way."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{suffix}")
 
 
 def _sync_tree(folder: Path) -> None:

@@ -38,6 +38,9 @@ ops.head_gradient = "forward", ops/cuda/head_loss.py); a copy in the working pre
 HEAD_ROWS: Final = 4096
 """Vocabulary rows, at most, whose logits the Triton head makes again at once in the backward pass."""
 
+WHOLE_MODEL_BUCKET: Final = 500_000_000
+"""Elements after which gradients are reduced where ZeRO does not reduce itself (DeepSpeed's constant)."""
+
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -149,18 +152,38 @@ def part_activations(config: RunConfig, layout: Layout, part: StageLayers) -> in
     return total
 
 
-def peak_activations(order: Sequence[Instruction], chunk_bytes: Sequence[int]) -> int:
+def deferred_gradients(config: RunConfig, layout: Layout, part: StageLayers) -> int:
+    """Bytes that a split backward keeps of one micro-batch beside its activations until it makes gradients of
+    parameters: those of every product and norm of the stage. The first stage does all at once."""
+    if part.has_embedding or config.train.recompute == "full":
+        return 0
+    tokens, model = _Tokens(config, layout), config.model
+    h, f, t, s = model.hidden_size, model.ffn_hidden_size, layout.tensor, tokens.shards
+    # qkv; gate and up; attention's output and down; both norms.
+    block = 3 * h // t + 2 * f // t + 2 * h + 2 * h // s
+    return tokens.count * tokens.width * (len(part.layers) * block + int(part.has_head) * h)
+
+
+def peak_activations(
+    order: Sequence[Instruction], chunk_bytes: Sequence[int], deferred: Sequence[int] = ()
+) -> int:
     """Largest sum of what micro-batches in flight keep, over a rank's instructions.
 
-    A micro-batch is kept from its forward F to the end of its whole backward B, or of W when it is split.
+    A micro-batch is kept from its forward F to the end of its whole backward B, or of W when it is split;
+    then `deferred` comes to it between I and W.
     """
     now = peak = 0
     for instruction in order:
+        chunk = instruction.chunk
         if instruction.kind == "F":
-            now += chunk_bytes[instruction.chunk]
-            peak = max(peak, now)
-        elif instruction.kind in "BW":
-            now -= chunk_bytes[instruction.chunk]
+            now += chunk_bytes[chunk]
+        elif instruction.kind == "B":
+            now -= chunk_bytes[chunk]
+        elif deferred:
+            now += deferred[chunk] if instruction.kind == "I" else -deferred[chunk]
+        if instruction.kind == "W":
+            now -= chunk_bytes[chunk]
+        peak = max(peak, now)
     return peak
 
 
@@ -181,8 +204,10 @@ def rank_memory(
     width = _Tokens(config, layout).width
     shard = ceil(size / ranks)
     gradients = 4 * (shard if stage >= 2 else size)
-    if layout.pipeline > 1 and width == 2:
-        gradients += width * size  # of the micro-batch at work, before it is added to the fp32 sum
+    if keeps_fp32_gradients(config):
+        gradients += width * size  # of the micro-batch at work, before they are added to the fp32 sums
+    if stage == 2 and width == 4 and config.train.accumulation_steps(layout.data) > 1:
+        gradients += 4 * shard  # the same; bf16 is added to the sum at once
     optimizer = (8 if stage == 0 else 12) * (shard if stage >= 1 else size)
     offload = config.parallel.offload_optimizer
     return RankMemory(
@@ -190,8 +215,12 @@ def rank_memory(
         weights=width * (_zero_3_elements(config, parameters, ranks) if stage == 3 else size),
         gradients=gradients,
         optimizer=0 if offload else optimizer,
-        activations=peak_activations(order, [part_activations(config, layout, part) for part in parts]),
-        working=_working(config, layout, parts) + _buckets(config, size),
+        activations=peak_activations(
+            order,
+            [part_activations(config, layout, part) for part in parts],
+            [deferred_gradients(config, layout, part) for part in parts],
+        ),
+        working=working_bytes(config, layout, parts) + bucket_bytes(config, size),
         host=optimizer if offload else 0,
     )
 
@@ -210,15 +239,35 @@ def _zero_3_elements(config: RunConfig, parameters: Sequence[LocalParameter], ra
     return ceil(size / ranks) + whole + second + min(live, size - whole)
 
 
-def _buckets(config: RunConfig, size: int) -> int:
-    """fp32 communication buckets: two of ZeRO-2 (one is filled while the other is reduced), else one."""
+def bucket_bytes(config: RunConfig, size: int) -> int:
+    """What DeepSpeed reduces gradients in, on a rank with `size` elements of parameters.
+
+    Buffers of reduce_bucket_size elements (two where one is filled while the other is reduced) and, of bf16
+    ones, an fp32 copy; or, where ZeRO does not reduce itself, a flat copy of many gradients.
+    """
     stage = _zero_stage(config)
-    elements = min(int(zero_settings(config)["reduce_bucket_size"]), size)
-    return 0 if stage == 0 else (8 if stage == 2 else 4) * elements
+    if stage == 0 or keeps_fp32_gradients(config):
+        return 4 * min(size, WHOLE_MODEL_BUCKET) if config.parallel.engine == "deepspeed" else 0
+    settings = zero_settings(config)
+    is_double = stage < 3 and settings["overlap_comm"]
+    width = 4 if config.train.precision == "fp32" or stage == 1 else 2
+    copy = 4 if width == 2 else 0
+    return int(settings["reduce_bucket_size"]) * (width * (2 if is_double else 1) + copy)
 
 
-def _working(config: RunConfig, layout: Layout, parts: Sequence[StageLayers]) -> int:
-    """The larger of a block's backward (with what it recomputes) and the head's loss."""
+def keeps_fp32_gradients(config: RunConfig) -> bool:
+    """Whether DeepSpeed takes its optimizer for bf16 at stage 1, which sums all gradients in fp32 and keeps
+    those of the backward pass beside them."""
+    return (
+        _zero_stage(config) == 1
+        and config.train.precision == "bf16"
+        and not config.parallel.offload_optimizer
+    )
+
+
+def working_bytes(config: RunConfig, layout: Layout, parts: Sequence[StageLayers]) -> int:
+    """Bytes at work on a rank that holds `parts`: the larger of a block's backward (with what it recomputes)
+    and the head's loss."""
     tokens, model = _Tokens(config, layout), config.model
     h, f, t = model.hidden_size, model.ffn_hidden_size, layout.tensor
     kinds = {recompute_of(config, layer) for part in parts for layer in part.layers}

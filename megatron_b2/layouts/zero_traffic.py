@@ -17,14 +17,13 @@ from typing import Any, Final
 from megatron_b2.config.deepspeed_keys import zero_settings
 from megatron_b2.config.schema import RunConfig
 from megatron_b2.layouts.gathers import Gather, step_gathers
+from megatron_b2.layouts.memory import WHOLE_MODEL_BUCKET, keeps_fp32_gradients
 from megatron_b2.layouts.parameters import LocalParameter, part_parameters, zero_3_whole
 from megatron_b2.layouts.traffic import Group, Operation, Traffic, total_traffic
 from megatron_b2.model.split import StageLayers
 from megatron_b2.optim.adamw import has_weight_decay
 from megatron_b2.parallel.layout import Layout
 
-WHOLE_MODEL_BUCKET: Final = 500_000_000
-"""Elements after which a bucket is reduced where ZeRO does not reduce itself (DeepSpeed's constant)."""
 ALIGNMENT: Final = 2
 """Partitions of ZeRO-1 and 2 have a multiple of so many elements."""
 
@@ -85,11 +84,6 @@ class _Step:
         return self.config.train.precision == "bf16"
 
     @property
-    def keeps_fp32_gradients(self) -> bool:
-        """Whether DeepSpeed uses its optimizer for bf16 at stage 1, which holds all gradients in fp32."""
-        return self.stage == 1 and self.is_bf16 and not self.config.parallel.offload_optimizer
-
-    @property
     def width(self) -> int:
         """Bytes of a working weight."""
         return 2 if self.is_bf16 else 4
@@ -123,7 +117,7 @@ class _Step:
         in_groups = [parameter for group in self.by_decay for parameter in group]
         if self.stage == 0:
             return _filled([parameter.size for parameter in self.parameters], WHOLE_MODEL_BUCKET)
-        if self.keeps_fp32_gradients:
+        if keeps_fp32_gradients(self.config):
             return _filled([parameter.size for parameter in in_groups], WHOLE_MODEL_BUCKET)
         limit = int(self.settings["reduce_bucket_size"])
         as_they_come = self.stage == 2 or self.settings["overlap_comm"]
@@ -187,7 +181,7 @@ class _Step:
             ours = 0 if is_shared else 1  # before DeepSpeed clips without telling the norm
             yield self.made("gradient norm", "all_reduce", clips + ours, 4 * (clips + ours), group=group)
             return
-        if self.keeps_fp32_gradients:
+        if keeps_fp32_gradients(self.config):
             calls = 0 if is_shared else 1
             yield self.made("gradient norm", "all_reduce", calls, 4 * calls, group=group)
             return

@@ -58,7 +58,7 @@ class CompressionReport:
 
 def measure(
     tokenizer_paths: Sequence[Path],
-    inputs: Sequence[Path],
+    inputs: Sequence[Path | str],
     *,
     max_bytes: int | None = None,
     threads: int = 1,

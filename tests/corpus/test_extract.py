@@ -9,38 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_b2.corpus.extract import extract_file, extract_files, html_text, is_candidate, tidy
-
-PAGE = """<html lang="en"><head><title>Title</title><style>p {}</style></head><body>
-<header>menu</header><nav>more menu</nav>
-<div id="DisplayArea"><h1>Heading</h1><p>First <b>bold</b>
- paragraph.</p><!-- a comment -->tail<ul><li>one<li>two</ul><pre>  code
-    indented</pre><p>Last &amp; least \u00a0 \u4f60\u597d.</p><script>no()</script> after %s</div>
-<footer>foot</footer></body></html>""" % ("x" * 200)
-
-
-def test_html_keeps_the_main_content_only() -> None:
-    expected = [
-        "Heading",
-        "First bold paragraph.",
-        "tail",
-        "one",
-        "two",
-        "  code",
-        "    indented",
-        "Last & least 你好.",
-    ]
-    assert html_text(PAGE.encode()).split("\n") == [*expected, f"after {'x' * 200}"]
-
-
-def test_html_without_main_content_in_another_encoding() -> None:
-    page = '<html><head><meta charset="gb18030"></head><body><p>\u4f60\u597d</p><p>\u4e16\u754c</p></body></html>'
-    assert html_text(page.encode("gb18030")) == "你好\n世界"
-
-
-def test_deeply_nested_html_and_strange_tags() -> None:
-    assert "deep" in html_text(("<div>" * 1_000 + "deep").encode())
-    assert html_text(b"<body><o:p>office</o:p></body>") == "office"
+from megatron_b2.corpus.extract import extract_file, extract_files, is_candidate
 
 
 @pytest.mark.parametrize(
@@ -115,7 +84,3 @@ def test_broken_files_are_named_and_short_ones_dropped(tmp_path: Path) -> None:
         ("a.txt", 0, "en", good.strip())
     ]
     assert [problem.partition(":")[0] for problem in problems] == ["b.txt", "d.txt.gz"]
-
-
-def test_tidy() -> None:
-    assert tidy("e\u0301\x00  \r\n\n\n\nb \n") == "é\n\nb"

@@ -92,7 +92,7 @@ def test_parameters_of_a_tensor_parallel_rank() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "weights", "gradients", "optimizer"),
-    [(1, 2, 4, 12 / 64), (2, 2, 4 / 64, 12 / 64), (3, 2 / 64, 4 / 64, 12 / 64)],
+    [(1, 2, 6, 12 / 64), (2, 2, 4 / 64, 12 / 64), (3, 2 / 64, 4 / 64, 12 / 64)],
 )
 def test_bytes_of_a_parameter(stage: int, weights: float, gradients: float, optimizer: float) -> None:
     (memory,) = memories(config_13b(f"--parallel.zero-stage={stage}"), 64)

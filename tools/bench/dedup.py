@@ -58,7 +58,8 @@ from megatron_b2.documents.texts import Texts
 bands, rows, _, sample, result, _ = sys.argv[1:]
 texts = [json.loads(line)["text"] for line in open(sample, encoding="utf-8")]
 cpu, wall = time.process_time(), time.perf_counter()
-clusters = near_duplicates(Texts.of(texts), NearDuplicates(bands=int(bands), rows=int(rows), across_scripts=False))
+settings = NearDuplicates(bands=int(bands), rows=int(rows), across_scripts=False)
+clusters = near_duplicates(Texts.of(texts), settings)
 facts = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 facts["peak_mb"] = int(status["VmHWM"].split()[0]) / 1024

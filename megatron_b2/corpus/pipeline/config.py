@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-import psutil
-
 from megatron_b2.config.decode import Decoder
 from megatron_b2.config.layers import merge, read_layer
 from megatron_b2.config.overrides import read_overrides
+from megatron_b2.corpus.pipeline.execution import Execution, broken_rules, unused_settings
 from megatron_b2.corpus.pipeline.extract import Input
-from megatron_b2.corpus.pipeline.local import LocalExecutor
 from megatron_b2.corpus.pipeline.stage import Stage
-from megatron_b2.corpus.pipeline.tasks import Limits
 from megatron_b2.corpus.stages.cluster import Cluster
 from megatron_b2.corpus.stages.decontaminate import Decontaminate
 from megatron_b2.corpus.stages.embed import Embed
@@ -48,17 +44,6 @@ StageName = Literal[
     "weights",
 ]
 ALL_STAGES: tuple[StageName, ...] = get_args(StageName)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """Where the work is done; it never changes a result."""
-
-    workers: int = 0
-    """Processes of this machine; 0 takes one for each core."""
-    memory_gb: float = 0.0
-    """Memory of all workers together for the grouping of repeats, which goes on in files beyond it; 0 takes
-    80 % of what is free. Beside it a worker holds a unit a few times over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +88,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     decoder = Decoder(layer.origins, PipelineConfig)
     config = decoder.table(PipelineConfig, layer.data, ())
     problems += decoder.problems + decoder.missing
+    problems += unused_settings(layer.data.get("execution"))
     if isinstance(config, PipelineConfig):
         problems += _broken_rules(config)
     if problems:
@@ -111,19 +97,11 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     return config
 
 
-def executor_of(execution: Execution, work: Path) -> LocalExecutor:
-    """Processes as the settings ask for, to be used in a `with` block."""
-    workers = execution.workers or len(os.sched_getaffinity(0))
-    memory = int(execution.memory_gb * 1e9) or int(0.8 * psutil.virtual_memory().available)
-    return LocalExecutor(workers, Limits(memory, work / "scratch"))
-
-
 def _broken_rules(config: PipelineConfig) -> list[str]:
     problems = []
     for name in {name for name in config.stages if config.stages.count(name) > 1}:
         problems.append(f"stages has {name!r} twice; each stage runs once")
-    if config.input.unit_mb < 1:
-        problems.append(f"input.unit_mb is {config.input.unit_mb}; give 1 or more")
-    if config.execution.workers < 0:
-        problems.append(f"execution.workers is {config.execution.workers}; give 0 (all cores) or more")
-    return problems
+    for key in ("unit_mb", "max_record_mb", "max_expansion", "max_window_mb"):
+        if (value := getattr(config.input, key)) < 1:
+            problems.append(f"input.{key} is {value}; give 1 or more")
+    return [*problems, *broken_rules(config.execution)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +10,17 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from megatron_b2.corpus.formats.reading import SUFFIXES, PieceReader, cut_file, is_one_document
 from megatron_b2.corpus.pipeline.checked import read_manifest, read_table
 from megatron_b2.corpus.pipeline.stage import Unit
 from megatron_b2.corpus.pipeline.tasks import Limits, Result, Task
 from megatron_b2.corpus.pipeline.view import DOCUMENT_SCHEMA
-from megatron_b2.documents import ReadReport, expand_inputs, read_documents, read_line_range
+from megatron_b2.documents import ReadReport
 from megatron_b2.documents.document import Document
-from megatron_b2.documents.shards import Piece, ScannedFile, plan_shards, scan_file
+from megatron_b2.documents.reader import account
+from megatron_b2.documents.shards import Piece, ScannedFile, plan_shards
+from megatron_b2.documents.storage import input_path, list_inputs, version_of
+from megatron_b2.documents.streams import ReadLimits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,73 +28,111 @@ class Input:
     """Where the documents are."""
 
     paths: tuple[str, ...]
-    """Files and folders: .jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt."""
+    """Files, folders, patterns with * and **, and URLs of them (https://, s3:// ...): JSON lines, Parquet,
+    text, HTML, Markdown, manual pages, PDF, WARC and WET, also .gz and .zst."""
     text_key: str = "text"
     """Key or column that holds the text."""
     on_error: Literal["skip", "stop"] = "skip"
     """What a malformed record does; skipped ones are counted in the report."""
     unit_mb: int = 64
-    """Megabytes of input in a unit of work."""
+    """Megabytes of input, decompressed, in a unit of work."""
+    max_record_mb: int = 64
+    """Longest line, row, page or file that is one document; a longer one is malformed."""
+    max_expansion: int = 200
+    """Most bytes that a byte of an archive may become, from 64 MiB on; what is beyond is malformed."""
+    max_window_mb: int = 128
+    """Memory that reading a zstd file may take; `zstd --long=31` needs 2048."""
+
+    @property
+    def limits(self) -> ReadLimits:
+        """For the readers."""
+        return ReadLimits(
+            record_bytes=self.max_record_mb << 20,
+            expansion=self.max_expansion,
+            window_bytes=self.max_window_mb << 20,
+        )
 
 
 @dataclass(frozen=True)
 class _Scan:
     path: str
-    size: int
-    modified: int
+    version: str
+    group: str
+    name: str
     target_bytes: int
+    text_key: str
+    limits: ReadLimits
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A piece, and the file's name and group among the inputs."""
+
+    piece: Piece
+    name: str
+    group: str
+    sha256: str
+    """Of the file."""
 
 
 @dataclass(frozen=True)
 class _Extract:
-    pieces: tuple[dict[str, Any], ...]
-    files: tuple[str, ...]
-    """SHA-256 of the files of the pieces."""
+    pieces: tuple[_Named, ...]
     text_key: str
     on_error: Literal["skip", "stop"]
+    limits: ReadLimits
 
 
 def scan_tasks(settings: Input, work: Path) -> list[Task]:
     """One task an input file: its hash and where it can be cut."""
     tasks = []
-    for path in expand_inputs(settings.paths):
-        facts = path.stat()
-        scan = _Scan(str(path), facts.st_size, facts.st_mtime_ns, settings.unit_mb << 20)
-        output = work / "between" / "extract" / f"{_short(str(path))}.parquet"
-        tasks.append(Task(f"scan {path}", _scan, 1, scan, (), output))
+    for file in list_inputs(settings.paths, suffixes=SUFFIXES):
+        path = str(file.path)
+        scan = _Scan(
+            path,
+            version_of(file.path),
+            file.group,
+            file.name,
+            settings.unit_mb << 20,
+            settings.text_key,
+            settings.limits,
+        )
+        output = work / "between" / "extract" / f"{_short(path)}.parquet"
+        tasks.append(Task(f"scan {path}", _scan, 2, scan, (), output))
     return tasks
 
 
 def _scan(task: Task, _: Limits) -> Result:
     scan: _Scan = task.settings
-    file = scan_file(Path(scan.path), target_bytes=scan.target_bytes)
-    rows = [{**asdict(piece), "path": str(piece.path)} for piece in file.pieces]
-    return Result([pa.Table.from_pylist(rows)], {"path": scan.path, "sha256": file.sha256})
+    file = cut_file(
+        input_path(scan.path), target_bytes=scan.target_bytes, text_key=scan.text_key, limits=scan.limits
+    )
+    rows = [{**asdict(piece), "path": scan.path} for piece in file.pieces]
+    facts = {"path": scan.path, "name": scan.name, "group": scan.group, "sha256": file.sha256}
+    return Result([pa.Table.from_pylist(rows)], facts)
 
 
 def extract_tasks(settings: Input, work: Path, scans: Sequence[Task]) -> list[Task]:
     """One task a unit; a unit depends on its bytes of the inputs alone."""
-    hashes, files = {}, []
+    facts, files = {}, []
     for scan in scans:
         manifest = read_manifest(scan.output)
         assert manifest is not None
-        path = Path(manifest.facts["path"])
-        hashes[path] = str(manifest.facts["sha256"])
+        path = input_path(manifest.facts["path"])
+        facts[path] = manifest.facts
         rows = read_table(scan.output).to_pylist()
-        files.append(ScannedFile(path, hashes[path], tuple(Piece(**{**row, "path": path}) for row in rows)))
+        pieces = tuple(Piece(**{**row, "path": path, "restart": tuple(row["restart"])}) for row in rows)
+        files.append(ScannedFile(path, str(manifest.facts["sha256"]), pieces))
     tasks: list[Task] = []
-    names: Counter[str] = Counter()
     for pieces in plan_shards(files, target_bytes=settings.unit_mb << 20):
-        plain = tuple({**asdict(piece), "path": str(piece.path)} for piece in pieces)
-        extract = _Extract(
-            plain, tuple(hashes[piece.path] for piece in pieces), settings.text_key, settings.on_error
+        named = tuple(
+            _Named(piece, *(str(facts[piece.path][key]) for key in ("name", "group", "sha256")))
+            for piece in pieces
         )
-        name = _short(repr([(piece.path.name, hashes[piece.path], piece.start) for piece in pieces]))
-        names[name] += 1
-        if names[name] > 1:  # the same file under the same name in another folder
-            name = f"{name}-{names[name]}"
+        extract = _Extract(named, settings.text_key, settings.on_error, settings.limits)
+        name = _short(repr([(one.name, one.sha256, one.piece.start) for one in named]))
         output = work / "documents" / f"{name}.parquet"
-        tasks.append(Task(f"extract {name}", _extract, 1, extract, (), output))
+        tasks.append(Task(f"extract {name}", _extract, 2, extract, (), output))
     return tasks
 
 
@@ -103,25 +144,25 @@ def _extract(task: Task, _: Limits) -> Result:
     extract: _Extract = task.settings
     report = ReadReport()
     columns: dict[str, list[Any]] = {name: [] for name in DOCUMENT_SCHEMA.names}
-    for document in _documents(extract, report):
+    for named, document in _documents(extract, report):
         values = asdict(document)
-        values["id"] = document.id or f"{Path(document.path).name}:{document.line}"
+        values["id"] = document.id or (
+            named.name if is_one_document(named.piece.path) else f"{named.name}:{document.line}"
+        )
+        values["source"] = document.source or named.group
         for name, column in columns.items():
             column.append(values[name])
     facts = {"empty": report.empty, "malformed": report.malformed, "messages": report.messages}
     return Result([pa.table(columns, schema=DOCUMENT_SCHEMA)], facts)
 
 
-def _documents(extract: _Extract, report: ReadReport) -> Iterator[Document]:
-    options: Any = {"text_key": extract.text_key, "on_error": extract.on_error, "report": report}
-    for plain in extract.pieces:
-        piece = Piece(**{**plain, "path": Path(plain["path"])})
-        if piece.path.suffix == ".jsonl":
-            yield from read_line_range(
-                piece.path, start=piece.start, stop=piece.stop, first_line=piece.first_line, **options
-            )
-        else:
-            yield from read_documents([piece.path], **options)
+def _documents(extract: _Extract, report: ReadReport) -> Iterator[tuple[_Named, Document]]:
+    with PieceReader(text_key=extract.text_key, limits=extract.limits) as reader:
+        for named in extract.pieces:
+            path = named.piece.path
+            items = reader.read(named.piece)
+            for document in account(path, items, on_error=extract.on_error, report=report):
+                yield named, document
 
 
 def units_of(tasks: Sequence[Task]) -> tuple[Unit, ...]:

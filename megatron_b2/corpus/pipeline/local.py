@@ -7,32 +7,18 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Self
 
-from megatron_b2.corpus.pipeline.tasks import Limits, Task, run_task
-from megatron_b2.errors import B2Error
+from megatron_b2.corpus.pipeline.executor import Finished, TaskCrashError, attempt, finished
+from megatron_b2.corpus.pipeline.shared import Site
+from megatron_b2.corpus.pipeline.tasks import Limits, Task
 
 MAX_TRIES = 3
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a task ended."""
-
-    task: Task
-    error: B2Error | None = None
-    """An input or setting is wrong, or an input file is damaged."""
-
-
-class TaskCrashError(B2Error, RuntimeError):
-    """A task failed in a way that is not the user's, or its worker died again and again."""
 
 
 class LocalExecutor:
@@ -41,10 +27,12 @@ class LocalExecutor:
     Args:
         workers: number of processes, at least 1.
         limits: of the whole machine; each worker gets its share of the memory.
+        site: of the driver, if that is on another machine.
     """
 
-    def __init__(self, workers: int, limits: Limits) -> None:
+    def __init__(self, workers: int, limits: Limits, site: Site | None = None) -> None:
         self._limits = Limits(limits.memory // workers, limits.scratch)
+        self._site = site
         self._size = workers
         self._workers: list[_Worker] = []
 
@@ -55,15 +43,10 @@ class LocalExecutor:
         self._stop(self._workers)
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Finished]:
-        """Run all tasks in any order; yields each as it ends.
-
-        Raises:
-            TaskCrashError: with the traceback of the first task that failed unexpectedly, or the name of the
-                one that killed three workers.
-        """
+        """As `Executor.run`; a task may kill two workers."""
         waiting = deque((task, 1) for task in tasks)
         while len(self._workers) < min(self._size, len(tasks)):
-            self._workers.append(_Worker(self._limits))
+            self._workers.append(_Worker(self._limits, self._site))
         idle = list(self._workers)
         busy: dict[Connection, tuple[_Worker, Task, int]] = {}
         try:
@@ -77,18 +60,16 @@ class LocalExecutor:
                     assert isinstance(connection, Connection)
                     worker, task, tries = busy.pop(connection)
                     try:
-                        error = connection.recv()
+                        answer = connection.recv()
                     except (EOFError, OSError):
                         self._stop([worker])
                         _may_try_again(task, tries, worker)
                         waiting.append((task, tries + 1))
-                        self._workers.append(_Worker(self._limits))
+                        self._workers.append(_Worker(self._limits, self._site))
                         idle.append(self._workers[-1])
                         continue
                     idle.append(worker)
-                    if isinstance(error, str):
-                        raise TaskCrashError(f"{task.name} failed:\n{error}")
-                    yield Finished(task, error)
+                    yield finished(task, answer)
         finally:  # after an error, or if the caller stops listening
             self._stop([worker for worker, _, _ in busy.values()])
 
@@ -102,15 +83,15 @@ def _may_try_again(task: Task, tries: int, worker: _Worker) -> None:
     if tries == MAX_TRIES:
         raise TaskCrashError(
             f"{task.name}: its worker died {tries} times, last with exit code {worker.process.exitcode} "
-            "(-9 is often the kernel's answer to too much memory: give fewer --workers)"
+            "(-9 is often the kernel's answer to too much memory: give fewer workers)"
         )
 
 
 class _Worker:
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, site: Site | None) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, limits), daemon=True)
+        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, limits, site), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -125,20 +106,13 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, limits: Limits) -> None:
-    """Answer each task with None, an error made for users, or the traceback of any other."""
+def _serve(connection: Connection, limits: Limits, site: Site | None) -> None:
+    """Answer each task as `attempt` does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver stops its workers itself
     while True:
         try:
             task = connection.recv()
         except EOFError:  # the driver is gone
             return
-        answer: B2Error | str | None = None
-        try:
-            run_task(task, limits)
-        except B2Error as error:
-            answer = error
-        except BaseException:
-            answer = traceback.format_exc()
         with suppress(BrokenPipeError):
-            connection.send(answer)
+            connection.send(attempt(task, limits, site))

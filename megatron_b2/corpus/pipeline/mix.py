@@ -133,6 +133,7 @@ def _mix_unit(state: State, folder: Path, where: str, unit: str) -> list[_Piece]
         "text": view.text,
         "language": tags,
         "source": view.documents.column("source"),
+        "url": view.documents.column("url"),
         "group": view.attributes.column(GROUP) if GROUP in known else tags,
         "weight": view.attributes.column(WEIGHT) if WEIGHT in known else pa.array(np.ones(len(view))),
     }
@@ -150,7 +151,7 @@ def _write_group(folder: Path, name: str, unit: str, documents: Sequence[Mapping
     (folder / name).mkdir(exist_ok=True)
     with JsonlWriter(folder / file) as writer:
         for document in documents:
-            writer.write({key: document[key] for key in ("id", "text", "language", "source")})
+            writer.write({key: document[key] for key in ("id", "text", "language", "source", "url")})
             size += len(document["text"].encode())
     return _Piece(name, documents[0]["weight"], len(documents), size, file, writer.sha256)
 

@@ -149,7 +149,8 @@ def _count_unit(state: State, unit: str, report: Report) -> None:
     tables = {stage: read_table(path) for stage, path in state.attribute_paths(unit).items()}
     language = documents.column("language")
     if "language" in tables:
-        language = pa.compute.coalesce(tables["language"].column("language.tag"), language)
+        tag = tables["language"].column("language.tag").cast(pa.string())  # of null where there are no rows
+        language = pa.compute.coalesce(tag, language)
     for kind, column in (("", None), ("languages", language), ("sources", documents.column("source"))):
         for name, rows in _groups(column, len(size)):
             funnel = report.total if not kind else getattr(report, kind).setdefault(name, Funnel())

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from megatron_b2.corpus.pipeline.checked import DamagedFileError, manifest_path, read_manifest
+from megatron_b2.corpus.pipeline.executor import Executor
 from megatron_b2.corpus.pipeline.extract import Input, extract_tasks, scan_tasks, units_of
-from megatron_b2.corpus.pipeline.local import Finished
 from megatron_b2.corpus.pipeline.stage import Context, Stage, Unit
 from megatron_b2.corpus.pipeline.tasks import Contents, Task, forget, is_done
 from megatron_b2.errors import InputError
@@ -25,13 +24,6 @@ from megatron_b2.files.progress import ProgressBar
 
 STATE = "pipeline.json"
 MAX_REPAIRS = 20
-
-
-class Executor(Protocol):
-    """Runs tasks somewhere."""
-
-    def run(self, tasks: Sequence[Task]) -> Iterator[Finished]:
-        """Run all tasks in any order; yields each as it ends."""
 
 
 @dataclass

@@ -38,9 +38,10 @@ DOCUMENT_SCHEMA: Final = pa.schema(
         ("source", pa.string()),
         ("path", pa.string()),
         ("line", pa.int64()),
+        ("url", pa.string()),
     ]
 )
-"""Of a unit; `path` and `line` say where the document was read."""
+"""Of a unit; `path` and `line` say where the document was read, `url` where it was fetched, if known."""
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from megatron_b2.corpus.pipeline.checked import DamagedFileError, read_table
+from megatron_b2.corpus.pipeline.executor import TaskCrashError
 from megatron_b2.corpus.pipeline.explain import explain
 from megatron_b2.corpus.pipeline.extract import Input
-from megatron_b2.corpus.pipeline.local import LocalExecutor, TaskCrashError
+from megatron_b2.corpus.pipeline.local import LocalExecutor
 from megatron_b2.corpus.pipeline.report import State, make_report
 from megatron_b2.corpus.pipeline.run import STATE, Run, run_pipeline
 from megatron_b2.corpus.pipeline.stage import Stage

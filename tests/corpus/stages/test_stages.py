@@ -14,8 +14,8 @@ import pytest
 from megatron_b2.cli.main import main
 from megatron_b2.corpus.pipeline.checked import read_table
 from megatron_b2.corpus.pipeline.config import ALL_STAGES, load_pipeline
+from megatron_b2.corpus.pipeline.executor import Finished
 from megatron_b2.corpus.pipeline.explain import explain
-from megatron_b2.corpus.pipeline.local import Finished
 from megatron_b2.corpus.pipeline.mix import mix
 from megatron_b2.corpus.pipeline.report import State, make_report
 from megatron_b2.corpus.pipeline.run import run_pipeline
