@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from megatron_b2.cli.tables import plain_table, titled_table
 from megatron_b2.layouts.backends import describe_backends
 from megatron_b2.layouts.memory import GIB
 from megatron_b2.layouts.ranks import node_rows
@@ -17,6 +17,7 @@ from megatron_b2.layouts.report import LayoutReport
 
 MAX_NODES: Final = 8
 """Nodes that are listed one by one; of more, the first and the last few."""
+TEXT_COLUMNS: Final = ("holds", "operation", "what for", "group", "kind", "the first")
 MEMORY_COLUMNS: Final = ("weights", "gradients", "optimizer", "activations", "working")
 
 
@@ -51,7 +52,7 @@ def _print_head(report: LayoutReport, console: Console) -> None:
             style="bold",
         )
     )
-    table = _plain()
+    table = plain_table()
     table.add_row("parameters", f"{model.num_parameters:,}")
     table.add_row(
         "a step",
@@ -69,12 +70,13 @@ def _print_head(report: LayoutReport, console: Console) -> None:
 
 def _print_ranks(report: LayoutReport, console: Console) -> None:
     nodes = node_rows(report.rows)
-    table = _table(f"ranks, {report.ranks_per_node} a node", ("node", "rank", "tp", "cp", "dp", "pp"))
+    table = titled_table(f"ranks, {report.ranks_per_node} a node", ("node", "rank", "tp", "cp", "dp", "pp"))
     shown = nodes if len(nodes) <= MAX_NODES else [*nodes[: MAX_NODES - 2], None, nodes[-1]]
     for row in shown:
         table.add_row(*(row.values() if row is not None else ("...",) * 6))
     console.print(table, "")
-    groups = _table("groups", ("kind", "groups", "ranks each", "the first", "nodes a group"))
+    columns = ("kind", "groups", "ranks each", "the first", "nodes a group")
+    groups = titled_table("groups", columns, left=TEXT_COLUMNS)
     for group in report.groups:
         groups.add_row(
             group.kind, f"{group.count:,}", f"{group.size:,}", _first(group.first), f"{group.max_nodes:,}"
@@ -93,7 +95,8 @@ def _first(ranks: Sequence[int]) -> str:
 
 def _print_memory(report: LayoutReport, console: Console) -> None:
     title = "GiB on a rank, by pipeline position (a model: see docs/layouts.md)"
-    table = _table(title, ("pp", "holds", "parameters", *MEMORY_COLUMNS, "total", "host"))
+    columns = ("pp", "holds", "parameters", *MEMORY_COLUMNS, "total", "host")
+    table = titled_table(title, columns, left=TEXT_COLUMNS)
     for item in report.positions:
         memory = item.memory
         parts = (f"{getattr(memory, name) / GIB:.2f}" for name in MEMORY_COLUMNS)
@@ -111,7 +114,7 @@ def _print_pipeline(report: LayoutReport, console: Console, picture: str | None)
     if report.schedule is None:
         return
     schedule, parallel = report.schedule, report.config.parallel
-    table = _plain("pipeline")
+    table = plain_table("pipeline")
     table.add_row(
         "schedule", f"{parallel.schedule}, {parallel.virtual_stages} chunks a rank; proven free of deadlock"
     )
@@ -125,7 +128,7 @@ def _print_pipeline(report: LayoutReport, console: Console, picture: str | None)
 
 def _print_traffic(report: LayoutReport, console: Console) -> None:
     columns = ("pp", "group", "ranks", "operation", "what for", "calls", "GB", "GB sent (ring)")
-    table = _table("collectives a step on one rank (~: not exact)", columns)
+    table = titled_table("collectives a step on one rank (~: not exact)", columns, left=TEXT_COLUMNS)
     for item in report.positions:
         for traffic in item.traffic:
             table.add_row(
@@ -140,24 +143,3 @@ def _print_traffic(report: LayoutReport, console: Console) -> None:
             )
         table.add_section()
     console.print(table, "")
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in columns:
-        left = name in ("holds", "operation", "what for", "group", "kind", "the first")
-        table.add_column(name, justify="left" if left else "right", overflow="fold")
-    return table
-
-
-def _plain(title: str = "") -> Table:
-    table = Table(
-        title=Text(title, style="bold") if title else None,
-        title_justify="left",
-        show_header=False,
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
