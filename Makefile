@@ -53,7 +53,8 @@ lint: setup  ## ruff and mypy
 	$(PY) -m mypy
 
 bench: setup  ## the tables of docs/benchmarks.md
-	for script in tools/bench/*.py; do echo "== $$script"; $(PY) "$$script"; done
+	@missed=; for script in tools/bench/*.py; do echo "== $$script"; $(PY) "$$script" || missed="$$missed $$script"; done; \
+		[[ -z "$$missed" ]] || { echo "not measured, for the reasons above:$$missed" >&2; exit 1; }
 
 clean:  ## remove what setup and the tools have built
 	rm -rf $(VENV) build *.egg-info megatron_b2/*.so megatron_b2/_cuda.txt .mypy_cache .ruff_cache .pytest_cache .hypothesis

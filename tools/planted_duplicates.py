@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Duplicates planted into a real corpus, and what each level of the pipeline finds of them.
 
-    b2 corpus fetch --out corpus --set zhen
-    python tools/planted_duplicates.py --corpus corpus
+    b2 corpus fetch --out corpus-demo/raw --set zhen
+    python tools/planted_duplicates.py
 
 Documents of the corpus that no stage touches are the base. Copies are planted behind them and each stage runs
 alone (after `normalize`) over base and copies. Found is what went of the planted text; false is what went of
@@ -51,7 +51,7 @@ STAGES = ("exact", "paragraph", "sentence", "minhash")
 class Options:
     """What is planted."""
 
-    corpus: Path = Path("corpus")
+    corpus: Path = Path("corpus-demo/raw")
     """Output folder of `b2 corpus fetch --set zhen`."""
     base: int = 3_000
     """Documents of each language that are drawn for the base."""

@@ -21,13 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quickstart import BIN, ENVIRONMENT, run
-
 from megatron_b2.config import load_config
 from megatron_b2.files.atomic import atomic_file
 from megatron_b2.scaling.collect import collect
 from megatron_b2.scaling.fit_file import read_fit
 from megatron_b2.scaling.plot import plot_fit
+from quickstart import BIN, ENVIRONMENT, run
 
 ROOT = Path("scaling-demo")
 CORPUS = Path("quickstart/corpus")

@@ -1,9 +1,9 @@
 """Near-duplicate detection against datatrove, text-dedup, datasketch and rensa: CPU time, recall, precision.
 
-    b2 corpus fetch --out corpus --set zhen              # the texts
+    b2 corpus fetch --out corpus-demo/raw --set zhen              # the texts
     python3.11 -m venv peers                             # the peers, apart from this project's packages
     peers/bin/pip install -r requirements/bench.txt
-    python tools/bench/dedup.py --corpus corpus --peers peers/bin/python
+    python tools/bench/dedup.py --peers peers/bin/python
 
 The sample is 16.4 MB of Chinese and 35.1 MB of English documents of the corpus, drawn and mixed with seed 0.
 Every system runs in fresh processes with one thread; the time is user + system time from texts to clusters,
@@ -77,7 +77,7 @@ PLANTED, PLANTED_PAIRS = (0.6, 0.7, 0.75, 0.82, 0.85, 0.9, 0.95), 1000
 class Options:
     """What is compared."""
 
-    corpus: Path = Path("corpus")
+    corpus: Path = Path("corpus-demo/raw")
     """Output folder of `b2 corpus fetch --set zhen`."""
     peers: Path | None = None
     """Python of the environment of requirements/bench.txt; without it only ours runs."""

@@ -1,6 +1,6 @@
 """Speed and size of the n-gram model: training, scores of documents, and KenLM's Python query beside it.
 
-    python tools/bench/perplexity.py --input corpus/en.jsonl --megabytes 40
+    python tools/bench/perplexity.py --input corpus-demo/raw/en.jsonl --megabytes 40
 
 Every tenth document is scored, the others are trained on. CPU time of one process with one thread; the text
 is in memory. KenLM is measured where its module is installed: `full_scores` of the same lines with the
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", type=Path, nargs="+", required=True)
+    parser.add_argument("--input", type=Path, nargs="+", default=[Path("corpus-demo/raw/en.jsonl")])
     parser.add_argument("--megabytes", type=float, default=40)
     arguments = parser.parse_args(argv)
     texts = list(take(arguments.input, arguments.megabytes * 1e6))

@@ -1,7 +1,7 @@
 """How well quality model and perplexity tell clean text from bad text: AUC by language, level and defect.
 
-    b2 corpus fetch --out corpus --set zhen
-    python tools/bench/quality_auc.py --corpus corpus --languages zh-Hans en
+    b2 corpus fetch --out corpus-demo/raw --set zhen
+    python tools/bench/quality_auc.py --languages zh-Hans en
 
 Documents of 300 to 30,000 characters, at most --per-package of each Debian package (else one package of
 generated reference pages is most of the corpus); one fifth is held out. Bad texts of the test are made from
@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, required=True, help="folder of <language>.jsonl")
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("corpus-demo/raw"), help="folder of <language>.jsonl"
+    )
     parser.add_argument("--languages", nargs="+", default=["zh-Hans", "en"])
     parser.add_argument("--per-package", type=int, default=700)
     parser.add_argument("--split", choices=("document", "package"), default="document")

@@ -1,8 +1,8 @@
 """Heuristic signals, and exact, paragraph and sentence de-duplication: MB/s on one core.
 
-    b2 corpus fetch --out corpus --set zhen              # the texts
-    python tools/bench/signals.py --corpus corpus
-    python tools/bench/signals.py --corpus corpus --peers peers/bin/python     # requirements/bench.txt
+    b2 corpus fetch --out corpus-demo/raw --set zhen              # the texts
+    python tools/bench/signals.py
+    python tools/bench/signals.py --peers peers/bin/python     # requirements/bench.txt
 
 The sample is that of tools/bench/dedup.py: 16.4 MB of Chinese and 35.1 MB of English documents. The time is
 user + system time of one thread from texts in memory to the result, the median of the rounds:
@@ -57,7 +57,7 @@ KINDS = (("paragraphs", 1), ("runs", 1), ("sentences", LIMITS.sentence_count))
 class Options:
     """What is measured."""
 
-    corpus: Path = Path("corpus")
+    corpus: Path = Path("corpus-demo/raw")
     """Output folder of `b2 corpus fetch --set zhen`."""
     peers: Path | None = None
     """Python of the environment of requirements/bench.txt; without it only ours runs."""
