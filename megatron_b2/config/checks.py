@@ -110,6 +110,16 @@ def head_dim_even_for_rope(config: RunConfig) -> Problems:
         )
 
 
+def skipping_needs_alibi(config: RunConfig) -> Problems:
+    """Only under ALiBi do far keys have a bound on their scores that falls with the distance."""
+    if config.ops.skip_negligible_keys and config.model.position != "alibi":
+        yield Problem(
+            ("ops.skip_negligible_keys", "model.position"),
+            f'ops.skip_negligible_keys = true needs ALiBi, and model.position = "{config.model.position}": '
+            'use false, or position = "alibi"',
+        )
+
+
 def sequence_length(config: RunConfig) -> Problems:
     """A sample predicts at least one token from another."""
     if config.data.seq_len < 2:
@@ -272,6 +282,7 @@ RULES: Final[tuple[Rule, ...]] = (
     named,
     heads_divide_hidden,
     head_dim_even_for_rope,
+    skipping_needs_alibi,
     sequence_length,
     split_shares,
     source_weights,

@@ -245,6 +245,9 @@ class OpsConfig:
     attention: Literal["default", "auto", "reference", "triton", "cuda"] = "default"
     """Causal attention with ALiBi and packed documents; default means ops.backend, here and below. cuda
     stores tokens x tokens probabilities of each head: used only where it is named here, not with the ring."""
+    skip_negligible_keys: bool = False
+    """Triton's attention with ALiBi leaves out keys so far away that together they add less than 2^-24 of a
+    row's sum: below the resolution of fp32, but not the same bits. An error with any other attention."""
     head_loss: Literal["default", "auto", "reference", "triton", "cuda"] = "default"
     """NormHead, cross-entropy and max-z loss."""
     head_gradient: Literal["backward", "forward"] = "backward"

@@ -273,6 +273,7 @@ class _TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         rows = Rows(q, grad_out, lse, ctx.kernel.delta(out, grad_out))

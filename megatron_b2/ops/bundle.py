@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any, Final
@@ -52,7 +53,8 @@ def load_ops(choices: Sequence[Choice], config: OpsConfig) -> Ops:
 
     Args:
         choices: of `registry.choose`.
-        config: that they were chosen from. `compile` wraps the references of `COMPILED` in torch.compile.
+        config: that they were chosen from. `compile` wraps the references of `COMPILED` in torch.compile;
+            `skip_negligible_keys` is for Triton's attention.
     """
     found: dict[str, Callable[..., Any]] = {}
     for choice in choices:
@@ -62,6 +64,8 @@ def load_ops(choices: Sequence[Choice], config: OpsConfig) -> Ops:
             keeps = (choice.op, choice.backend, config.head_gradient) == ("head_loss", "triton", "forward")
             variant = f"{name}_kept" if keeps else name
             function = getattr(import_module(f"megatron_b2.ops{folder}.{module}"), variant)
+            if config.skip_negligible_keys and (choice.op, choice.backend) == ("attention", "triton"):
+                function = partial(function, skip_negligible=True)
             if config.compile and choice.backend == "reference" and choice.op in COMPILED:
                 function = torch.compile(function, fullgraph=True)
             found[name] = function

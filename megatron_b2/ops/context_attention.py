@@ -105,6 +105,7 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, own, out, lse = ctx.saved_tensors
         pattern, ring, rank, length = ctx.pattern, ctx.ring, ctx.context.rank, q.shape[2]

@@ -59,7 +59,7 @@ class _NormHeadLoss(torch.autograd.Function):
         max_z = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
-        size = min(chunk_tokens(len(weight)), len(hidden))
+        size = max(1, min(chunk_tokens(len(weight)), len(hidden)))
         buffer = torch.empty(size, len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), size):
             x, label = hidden[start : start + size], labels[start : start + size]
@@ -96,6 +96,7 @@ class _NormHeadLoss(torch.autograd.Function):
         return ce_scale * ce + z_scale * max_z, ce, max_z
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:

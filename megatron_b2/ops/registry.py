@@ -18,6 +18,7 @@ import torch
 from megatron_b2.config.schema import OpsConfig
 from megatron_b2.errors import ConfigError
 from megatron_b2.ops.cuda import extension
+from megatron_b2.ops.triton.tiles import MAX_HEAD_DIM
 
 Backend = Literal["reference", "triton", "cuda"]
 
@@ -35,9 +36,6 @@ BACKENDS: Final[Mapping[str, tuple[Backend, ...]]] = MappingProxyType(
 CUDA C++, which fits its threads to the width of a row, before Triton (our choice, not measured on a GPU). The
 head of CUDA C++ is not fused with its products and comes after Triton's. What stands behind the reference is
 taken only where ops.<operation> names it."""
-
-MAX_TRITON_HEAD_DIM: Final = 160
-"""A wider head does not fit the shared memory of a tile."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ def unavailable(
         return "works on the CPU under parallel.offload_optimizer"
     if backend == "triton":
         reason = _triton_missing(device)
-        if not reason and op == "attention" and head_dim is not None and head_dim > MAX_TRITON_HEAD_DIM:
-            reason = f"heads are {head_dim} wide, at most {MAX_TRITON_HEAD_DIM} fit"
+        if not reason and op == "attention" and head_dim is not None and head_dim > MAX_HEAD_DIM:
+            reason = f"heads are {head_dim} wide, at most {MAX_HEAD_DIM} fit"
         return reason
     needs = "" if device.type == "cuda" else f"needs a CUDA device, this is {device.type}"
     return extension.missing() or needs
@@ -115,6 +113,12 @@ def choose(
             if reasons[wanted]:
                 usable = " or ".join(backend for backend, reason in reasons.items() if not reason)
                 problems.append(f'{key} = "{wanted}": {op} {reasons[wanted]}; use {usable}, or "auto"')
+        if op == "attention" and config.skip_negligible_keys:
+            if choice.backend == "triton":
+                choice = replace(choice, reason=choice.reason + "; negligible keys left out")
+            else:
+                why = f"only Triton's attention does, not {choice.backend} ({choice.reason})"
+                problems.append(f"ops.skip_negligible_keys = true: {why}; use false")
         if op == "head_loss":
             made = f"; gradients made in the {gradient_pass(choice.backend, config)} pass"
             choice = replace(choice, reason=choice.reason + made)

@@ -41,6 +41,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = _gradients(x, weight, rstd, grad)
@@ -56,6 +57,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return out, total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, weight, rstd = ctx.saved_tensors
         grad_x, grad_weight = _gradients(total, weight, rstd, grad)

@@ -48,6 +48,7 @@ class _RopeSplit(torch.autograd.Function):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         grad_q, grad_k, grad_v = grads

@@ -66,6 +66,12 @@ CASES = {
     "head_dim_even_for_rope": [
         ({"model.hidden_size": 12}, "model.hidden_size / model.num_heads = 3 is odd, but rope rotates pairs"),
     ],
+    "skipping_needs_alibi": [
+        (
+            {"ops.skip_negligible_keys": True},
+            'ops.skip_negligible_keys = true needs ALiBi, and model.position = "rope": use false, or position',
+        ),
+    ],
     "sequence_length": [({"data.seq_len": 1}, "data.seq_len = 1 must be at least 2")],
     "split_shares": [
         (

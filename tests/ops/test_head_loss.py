@@ -106,6 +106,15 @@ def test_max_z_counts_ignored_positions_and_ties_go_to_the_lowest_index() -> Non
     assert probe.grad[2].abs().sum() == 0
 
 
+def test_no_tokens_have_no_loss_and_no_gradient() -> None:
+    hidden, weight, labels = (x.requires_grad_(x.is_floating_point()) for x in inputs(0, 20, 4, 4))
+    out = norm_head_loss(hidden, weight, labels, ce_scale=1.0, z_scale=0.01)
+    assert [x.item() for x in out] == [0, 0, 0]
+    out.total.backward()
+    assert hidden.grad.shape == (0, 4)
+    assert torch.equal(weight.grad, torch.zeros(20, 4))
+
+
 def test_zero_rows_are_finite() -> None:
     hidden, weight, labels = inputs(8, 20, 4, 4)
     weight[3].zero_()

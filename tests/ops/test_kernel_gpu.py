@@ -18,6 +18,7 @@ import torch
 
 from megatron_b2.cli.main import main
 from megatron_b2.config import load_config
+from megatron_b2.ops.alibi import alibi_slopes
 from megatron_b2.testing.kernels import gpu
 from megatron_b2.testing.kernels.gpu import PEAKS, Measurement, bound, markdown, measure, peak_of, sanitize
 from megatron_b2.testing.kernels.interpreter import run_interpreted
@@ -103,6 +104,13 @@ def test_models_are_those_of_the_presets() -> None:
         assert sizes.heads * int(size) == model.num_heads
         assert sizes.vocab * int(size) == model.vocab_size
         assert sizes.alibi == (model.position == "alibi")
+
+
+def test_a_rank_has_its_share_of_the_slopes_of_the_whole_model() -> None:
+    sizes = replace(SMALL, hidden=80, heads=2, alibi=True)
+    (problem,) = (one for one in problems(sizes, CPU) if one.op == "causal_attention")
+    assert torch.equal(problem.alibi, alibi_slopes(5)[:2])
+    assert not torch.equal(problem.alibi, alibi_slopes(2))
 
 
 def test_the_slower_of_memory_and_computing_bounds() -> None:

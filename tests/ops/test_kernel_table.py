@@ -214,6 +214,14 @@ def test_attention_is_in_the_table_in_every_width_and_type() -> None:
     assert {x + form for x in ("13B", *others) for form in forms} <= shapes
 
 
+def test_both_ways_of_the_head_to_its_gradient_are_in_the_table_also_in_fp32() -> None:
+    shapes = {v.shape for v in variants() if v.op == "norm_head_loss"}
+    assert shapes == {"7B", "13B", "7B kept", "13B kept", "7B fp32", "7B kept fp32"}
+    rows = [row for row in read_table() if row.op == "norm_head_loss" and " kept" in row.shape]
+    kept = {name for row in rows for name, value in row.kernel.constants.items() if value == "True"}
+    assert {"KEEPS", "KEPT", "ADDS", "PROJECTS", "TRANSPOSED"} <= kept
+
+
 def test_values_of_a_row_are_no_wide_accesses() -> None:
     assert replace(GOOD, accesses={"32": 1, "128": 3}, scalar_accesses=1).wide_share == 1.0
     assert replace(GOOD, accesses={"32": 2, "128": 3}, scalar_accesses=1).wide_share == 0.75
@@ -266,7 +274,7 @@ EVERYDAY = (
     "swiglu | 7B | TP 8",
     "rope_split | 7B | TP 1",
     "add_rms_norm | 13B | TP 8",
-    "causal_attention | 13B | TP 8",
+    "causal_attention | 13B packed grouped | TP 1",
     "norm_head_loss | 7B | TP 8",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from megatron_b2.ops import registry
 from megatron_b2.ops.bundle import FUNCTIONS, Ops, load_ops
 from megatron_b2.ops.cuda import extension
 from megatron_b2.ops.registry import BACKENDS, Backend, Choice, choose, unavailable
+from megatron_b2.parallel.context_parallel import ContextParallel
 from megatron_b2.testing.kernels import cpu_shim
 from megatron_b2.testing.kernels.interpreter import run_interpreted
 from tests.golden_model import load_golden
@@ -104,6 +106,40 @@ def test_the_head_of_triton_has_both_ways() -> None:
     assert BACKENDS["head_loss"] == ("triton", "cuda", "reference")
     assert run_interpreted(names, "backward") == ["norm_head_loss"] * 3
     assert run_interpreted(names, "forward") == ["norm_head_loss_kept", "norm_head_loss", "norm_head_loss"]
+
+
+def test_negligible_keys_are_skipped_by_tritons_attention_alone() -> None:
+    skips = OpsConfig(skip_negligible_keys=True)
+    with installed():
+        choice = choose(skips, device=CUDA)[0]
+        assert choice == Choice("attention", "triton", "auto (ops.backend); negligible keys left out")
+        with pytest.raises(ConfigError) as error:
+            choose(replace(skips, attention="cuda"), device=CUDA)
+    assert error.value.problems == (
+        "ops.skip_negligible_keys = true: only Triton's attention does, not cuda (ops.attention); use false",
+    )
+    with pytest.raises(
+        ConfigError, match=r"only Triton's attention does, not reference \(auto \(ops.backend\);"
+    ):
+        choose(skips, device=CPU)
+
+
+def finite(config: OpsConfig) -> list[bool]:
+    """Whether attention of the last queries of a long sequence is finite where the first values are NaN."""
+    ops = load_ops([Choice("attention", "triton", "")], config)
+    q, k, v = (0.1 * torch.randn(1, 1_024, 1, 16) for _ in range(3))
+    v[:, :256] = torch.nan
+    q, slopes = q[:, 512:], torch.tensor([0.8])
+    outs = (
+        ops.causal_attention(q, k, v, alibi_slopes=slopes, documents=None),
+        ops.context_attention(q, k, v, context=ContextParallel(), alibi_slopes=slopes, documents=None),
+    )
+    return [bool(out.isfinite().all()) for out in outs]
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_the_configuration_skips_negligible_keys(skips: bool) -> None:
+    assert run_interpreted(finite, OpsConfig(skip_negligible_keys=skips)) == [skips, skips]
 
 
 def test_what_setup_wrote_about_the_cuda_extension_is_quoted(tmp_path: Path) -> None:

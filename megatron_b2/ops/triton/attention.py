@@ -23,9 +23,8 @@ from megatron_b2.ops.triton import target
 from megatron_b2.ops.triton.attention_backward import delta_kernel, key_kernel, needed_kernel, query_kernel
 from megatron_b2.ops.triton.attention_common import LOG2_E, NORM_KEYS, pieces
 from megatron_b2.ops.triton.attention_forward import forward_kernel
-from megatron_b2.ops.triton.tiles import AttentionTiles, Tile, attention_tiles
+from megatron_b2.ops.triton.tiles import MAX_HEAD_DIM, AttentionTiles, Tile, attention_tiles
 
-MAX_HEAD_DIM = 160
 WIDE_BYTES = 16
 """The widest access to global memory of a thread."""
 
@@ -245,7 +244,14 @@ def _rows_first(x: Tensor) -> Tensor:
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, alibi_slopes: Tensor | None = None, documents: Documents | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    alibi_slopes: Tensor | None = None,
+    documents: Documents | None = None,
+    skip_negligible: bool = False,
 ) -> Tensor:
-    """`megatron_b2.ops.attention.causal_attention`, fused."""
-    return attend(q, k, v, alibi_slopes=alibi_slopes, documents=documents, kernel=TritonAttention())
+    """`megatron_b2.ops.attention.causal_attention`, fused; skip_negligible: see TritonAttention."""
+    kernel = TritonAttention(skip_negligible=skip_negligible)
+    return attend(q, k, v, alibi_slopes=alibi_slopes, documents=documents, kernel=kernel)

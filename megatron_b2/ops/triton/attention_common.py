@@ -31,7 +31,6 @@ import triton.language as tl
 
 SIZES: Final = (
     "num_heads",
-    "num_key_heads",
     "num_queries",
     "num_keys",
     "query_start",

@@ -18,8 +18,9 @@ def context_attention(
     context: ContextParallel,
     alibi_slopes: Tensor | None,
     documents: Documents | None,
+    skip_negligible: bool = False,
 ) -> Tensor:
-    """See ops/context_attention.py."""
+    """See ops/context_attention.py; skip_negligible: see TritonAttention."""
     return over_ranks.context_attention(
         q,
         k,
@@ -27,5 +28,5 @@ def context_attention(
         context=context,
         alibi_slopes=alibi_slopes,
         documents=documents,
-        kernel=TritonAttention(),
+        kernel=TritonAttention(skip_negligible=skip_negligible),
     )

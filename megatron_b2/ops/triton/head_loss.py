@@ -115,7 +115,8 @@ def segments(vocab_rows: int, ranks: int) -> tuple[int, int]:
 def local_statistics(head: Head, products: Tensor | None = None) -> Tensor:
     """fp32 [segments, 4, T]; with `products` fp32 [T, V] also the products, for the backward."""
     tokens, width = head.hidden.shape
-    vocab, tile = len(head.weight), head.tiles.statistics
+    vocab = len(head.weight)
+    tile = head.tiles.statistics if products is None else head.tiles.kept_statistics
     parts, splits = segments(vocab, head.tensor.size)
     out = _new(head.hidden, parts * splits, 4, tokens)
     head_kernels.statistics_kernel[(triton.cdiv(tokens, tile.rows), parts * splits)](
@@ -240,13 +241,14 @@ def _projection(head: Head, sums: Tensor, rows: slice) -> Projection:
 
 def chunk_rows(tokens: int, vocab_rows: int, itemsize: int) -> int:
     """Vocabulary rows of a backward step: equal steps, a multiple of 128."""
-    fits = CHUNK_BYTES // (tokens * itemsize)
+    fits = CHUNK_BYTES // (max(tokens, 1) * itemsize)
     steps = triton.cdiv(vocab_rows, max(MIN_CHUNK, min(MAX_CHUNK, fits)))
     return int(triton.cdiv(triton.cdiv(vocab_rows, steps), CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    """At least one, which of nothing is empty."""
+    return (slice(start, min(start + size, length)) for start in range(0, max(length, 1), max(size, 1)))
 
 
 def _gradients(
@@ -308,6 +310,7 @@ class _NormHeadLoss(torch.autograd.Function):
         return ce_scale * ce + z_scale * max_z, ce, max_z
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
@@ -330,6 +333,7 @@ def _kept_gradients(head: Head, scales: Tensor, one: Tensor) -> tuple[Tensor, Te
     grad_hidden = _new(hidden, *hidden.shape, dtype=hidden.dtype)
     grad_weight = _new(weight, *weight.shape, dtype=weight.dtype)
     total = _new(weight, *weight.shape) if size < len(hidden) else None
+    tile = head.tiles.weight_gradient if total is None else head.tiles.weight_gradient_sum
     sums = _new(hidden, len(weight)).zero_()
     everything = slice(0, len(weight))
     for part in _slices(len(hidden), size):
@@ -355,7 +359,7 @@ def _kept_gradients(head: Head, scales: Tensor, one: Tensor) -> tuple[Tensor, Te
             out=grad_weight if is_last else None,
             adds=part.start > 0,
             scale=one,
-            tile=head.tiles.weight_gradient,
+            tile=tile,
             transposed=True,
             projection=_projection(head, sums, everything) if is_last else None,
         )
@@ -385,6 +389,7 @@ class _NormHeadLossKept(torch.autograd.Function):
         return ce_scale * ce + z_scale * max_z, ce, max_z
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:

@@ -164,6 +164,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
         return *_backward(x, weight, rstd, grad, None), None
@@ -178,6 +179,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return out, total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:

@@ -146,6 +146,7 @@ class _RopeSplit(torch.autograd.Function):
         return q, k, qkv.select(2, 2)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = (table.contiguous() for table in ctx.saved_tensors)
         batch, length, heads, width = grads[0].shape

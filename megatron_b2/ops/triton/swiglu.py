@@ -80,6 +80,7 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         source, upstream = as_rows(gate_up), as_rows(grad)

@@ -21,5 +21,6 @@ def arch_of(device: torch.device) -> str:
 
 
 def multiprocessors(arch: str) -> int:
-    """Multiprocessors to fill on an architecture; 1 for the interpreter, 108 where it is not in the table."""
-    return 1 if arch == "cpu" else MULTIPROCESSORS.get(arch, 108)
+    """Multiprocessors to fill on an architecture; 108 where it is not in the table. So too for the
+    interpreter, whose sums then have the order of a GPU's."""
+    return MULTIPROCESSORS.get(arch, 108)

@@ -30,6 +30,8 @@ class HeadTiles:
     """Vocabulary rows, hidden columns."""
     statistics: Tile
     """Tokens, vocabulary columns, hidden depth."""
+    kept_statistics: Tile
+    """Where the products are stored as well. The columns and depth of `statistics`, so the same bits."""
     merge: Tile
     """Tokens."""
     logit_gradient: Tile
@@ -38,31 +40,39 @@ class HeadTiles:
     """Tokens, hidden columns, vocabulary depth."""
     weight_gradient: Tile
     """Vocabulary rows, hidden columns, token depth."""
+    weight_gradient_sum: Tile
+    """Where a running sum is added: it needs registers beside the product."""
 
 
 _HEAD_HALF: Final = HeadTiles(
     norms=Tile(rows=4, columns=1024, depth=0, warps=4, stages=1),
     statistics=Tile(rows=128, columns=128, depth=64, warps=8, stages=3),
+    kept_statistics=Tile(rows=64, columns=128, depth=64, warps=8, stages=3),
     merge=Tile(rows=16, columns=0, depth=0, warps=4, stages=1),
     logit_gradient=Tile(rows=128, columns=128, depth=64, warps=8, stages=3),
     hidden_gradient=Tile(rows=128, columns=128, depth=64, warps=8, stages=3),
     weight_gradient=Tile(rows=128, columns=256, depth=64, warps=8, stages=3),
+    weight_gradient_sum=Tile(rows=128, columns=128, depth=64, warps=8, stages=3),
 )
 _HEAD_SINGLE: Final = HeadTiles(
     norms=Tile(rows=4, columns=1024, depth=0, warps=4, stages=1),
-    statistics=Tile(rows=64, columns=64, depth=16, warps=4, stages=3),
+    statistics=Tile(rows=64, columns=64, depth=16, warps=8, stages=3),
+    kept_statistics=Tile(rows=64, columns=64, depth=16, warps=8, stages=3),
     merge=Tile(rows=16, columns=0, depth=0, warps=4, stages=1),
     logit_gradient=Tile(rows=64, columns=64, depth=16, warps=4, stages=3),
     hidden_gradient=Tile(rows=128, columns=64, depth=16, warps=8, stages=3),
     weight_gradient=Tile(rows=128, columns=64, depth=16, warps=8, stages=3),
+    weight_gradient_sum=Tile(rows=128, columns=64, depth=16, warps=8, stages=3),
 )
 _HEAD_CPU: Final = HeadTiles(
     norms=Tile(rows=256, columns=128, depth=0, warps=4, stages=1),
     statistics=Tile(rows=32, columns=64, depth=128, warps=4, stages=1),
+    kept_statistics=Tile(rows=32, columns=64, depth=128, warps=4, stages=1),
     merge=Tile(rows=64, columns=0, depth=0, warps=4, stages=1),
     logit_gradient=Tile(rows=32, columns=128, depth=128, warps=4, stages=1),
     hidden_gradient=Tile(rows=64, columns=64, depth=256, warps=4, stages=1),
     weight_gradient=Tile(rows=128, columns=64, depth=64, warps=4, stages=1),
+    weight_gradient_sum=Tile(rows=128, columns=64, depth=64, warps=4, stages=1),
 )
 _HEAD: Final[Mapping[tuple[str, int], HeadTiles]] = MappingProxyType(
     {
@@ -79,6 +89,10 @@ _HEAD: Final[Mapping[tuple[str, int], HeadTiles]] = MappingProxyType(
 def head_tiles(arch: str, itemsize: int) -> HeadTiles:
     """Tiles of the head for inputs of `itemsize` bytes; those of sm_80 where an architecture has none."""
     return _HEAD.get((arch, itemsize), _HEAD["sm_80", itemsize])
+
+
+MAX_HEAD_DIM: Final = 160
+"""A wider head of attention does not fit the shared memory of a tile."""
 
 
 @dataclass(frozen=True)

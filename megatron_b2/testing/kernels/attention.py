@@ -97,7 +97,7 @@ def checks() -> tuple[Check, ...]:
 QUICK: Final = (
     Shape(128, 300, heads=5),
     Shape(88, 300, alibi=False),
-    Shape(152, 150, batch=2, heads=2, group=2, packed=True),
+    Shape(152, 150, batch=2, heads=4, group=2, packed=True),
     Shape(104, 20, keys=97, alibi=False, packed=True),
     Shape(160, 1),
     Shape(144, 40, keys=100, parts=3, packed=True),

@@ -191,9 +191,9 @@ def softmax_case(
         "alibi_slopes": alibi_slopes(heads).to(device),
         "documents": _documents(batch, keys, device) if packed else None,
     }
-    torch_softmax = partial(_torch_softmax, **options)
-    ours = partial(alibi_softmax.alibi_softmax, **options)
-    return Case(ours, torch_softmax, torch_softmax, [scores], ["probs"], ["scores"])
+    reference = partial(_torch_softmax, softmax=lambda x, dim: _StoredSoftmax.apply(x, dim, dtype), **options)
+    ours, exact = partial(alibi_softmax.alibi_softmax, **options), partial(_torch_softmax, **options)
+    return Case(ours, reference, exact, [scores], ["probs"], ["scores"])
 
 
 def attention_case(
@@ -235,8 +235,31 @@ def _documents(batch: int, keys: int, device: torch.device) -> Documents | None:
     return Documents.of(torch.arange(keys, device=device) // lengths[:, None])
 
 
+class _StoredSoftmax(torch.autograd.Function):
+    """fp32 logits to probabilities in `dtype`, which are all that the backward pass has: so does torch's own
+    softmax in 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        probs = logits.softmax(dim).to(dtype)
+        ctx.save_for_backward(probs)
+        ctx.dim = dim
+        return probs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (stored,) = ctx.saved_tensors
+        probs, wide = stored.float(), grad.float()
+        return probs * (wide - (probs * wide).sum(ctx.dim, keepdim=True)), None, None
+
+
 def _torch_softmax(
-    scores: Tensor, *, scale: float, alibi_slopes: Tensor | None, documents: Documents | None
+    scores: Tensor,
+    *,
+    scale: float,
+    alibi_slopes: Tensor | None,
+    documents: Documents | None,
+    softmax: Callable[[Tensor, int], Tensor] = torch.softmax,
 ) -> Tensor:
     """`alibi_softmax` by its formula, rounded once to the dtype of the scores."""
     queries, keys = scores.shape[2:]
@@ -248,7 +271,7 @@ def _torch_softmax(
     wide = scale * scores.to(torch.promote_types(scores.dtype, torch.float32))
     if alibi_slopes is not None:
         wide = wide + alibi_slopes.to(wide.dtype).view(-1, 1, 1) * (places - rows)
-    return wide.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(scores.dtype)
+    return softmax(wide.masked_fill(hidden, -torch.inf), -1).to(scores.dtype)
 
 
 def _compare_loss(case: head_loss.Case, device: torch.device) -> list[Deviation]:

@@ -1,8 +1,8 @@
 """The shapes in which the published models launch every Triton operation, for the table of kernels.
 
-One sequence of 4,096 tokens in bf16 (attention also in fp32), forward and backward, on `meta` tensors; laid
-out in memory as the model hands them over. Tensor parallel 8 is one rank's share, with sequence parallelism
-between the layers.
+One sequence of 4,096 tokens in bf16 (attention and the head also in fp32), forward and backward, on `meta`
+tensors; laid out in memory as the model hands them over. Tensor parallel 8 is one rank's share, with sequence
+parallelism between the layers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def variants() -> tuple[Variant, ...]:
             for size in TENSOR_PARALLEL:
                 if op != "rope_split" or model.position == "rope":
                     found.append(Variant(op, name, size, _bound(run, model, size)))
-    return (*found, *_attention_variants(models))
+    return (*found, *_attention_variants(models), *_head_variants(models))
 
 
 def _attention_variants(models: Mapping[str, ModelConfig]) -> Iterator[Variant]:
@@ -80,6 +80,15 @@ def _attention_variants(models: Mapping[str, ModelConfig]) -> Iterator[Variant]:
     for name, model in ("13B", alibi), *others.items():
         yield Variant(op, f"{name} packed grouped", 1, _bound(_grouped_attention, model, 1))
         yield Variant(op, f"{name} packed {SINGLE}", 1, _bound(_single_attention, model, 1))
+
+
+def _head_variants(models: Mapping[str, ModelConfig]) -> Iterator[Variant]:
+    """The head with gradients from kept products, which suits ranks with few rows, and in fp32."""
+    op, size = "norm_head_loss", TENSOR_PARALLEL[-1]
+    for name, model in models.items():
+        yield Variant(op, f"{name} kept", size, _bound(_kept_head_loss, model, size))
+    yield Variant(op, f"7B {SINGLE}", size, _bound(_single_head_loss, models["7B"], size))
+    yield Variant(op, f"7B kept {SINGLE}", size, _bound(_single_kept_head_loss, models["7B"], size))
 
 
 def _bound(run: Callable[[ModelConfig, int], None], model: ModelConfig, size: int) -> Callable[[], None]:
@@ -174,14 +183,30 @@ def _skipping_attention(model: ModelConfig, size: int) -> None:
     _attention(model, size, skip_negligible=True)
 
 
-def _norm_head_loss(model: ModelConfig, size: int) -> None:
-    from megatron_b2.ops.triton.head_loss import norm_head_loss
+def _norm_head_loss(
+    model: ModelConfig, size: int, *, keeps: bool = False, dtype: torch.dtype = DTYPE
+) -> None:
+    from megatron_b2.ops.triton import head_loss
 
-    hidden, weight = _empty(TOKENS, model.hidden_size), _empty(model.vocab_size // size, model.hidden_size)
+    hidden = _empty(TOKENS, model.hidden_size, dtype=dtype)
+    weight = _empty(model.vocab_size // size, model.hidden_size, dtype=dtype)
     labels = _empty(TOKENS, dtype=torch.int64)
     ce_scale, z_scale = (torch.empty((), device="meta") for _ in range(2))
-    loss = norm_head_loss(hidden, weight, labels, ce_scale=ce_scale, z_scale=z_scale)
+    function = head_loss.norm_head_loss_kept if keeps else head_loss.norm_head_loss
+    loss = function(hidden, weight, labels, ce_scale=ce_scale, z_scale=z_scale)
     _backward([loss.total], [hidden, weight])
+
+
+def _kept_head_loss(model: ModelConfig, size: int) -> None:
+    _norm_head_loss(model, size, keeps=True)
+
+
+def _single_head_loss(model: ModelConfig, size: int) -> None:
+    _norm_head_loss(model, size, dtype=torch.float32)
+
+
+def _single_kept_head_loss(model: ModelConfig, size: int) -> None:
+    _norm_head_loss(model, size, keeps=True, dtype=torch.float32)
 
 
 _OPERATIONS: Final = (

@@ -9,12 +9,14 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
-from megatron_b2.testing.kernels import attention, cuda, elementwise, head_loss
+from megatron_b2.ops.cuda import extension
+from megatron_b2.testing.kernels import attention, cpu_shim, cuda, elementwise, head_loss
 from megatron_b2.testing.kernels.interpreter import run_interpreted
-from megatron_b2.testing.kernels.parity import Check, Deviation
+from megatron_b2.testing.kernels.parity import Backend, Check, Deviation
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ def all_checks(*, quick: bool, only: str = "") -> list[Check]:
         for check in found
         if (check.quick or not quick) and only in f"{check.op} {check.backend} {check.name}"
     ]
+
+
+def missing(checks: Sequence[Check], device: torch.device) -> dict[Backend, str]:
+    """Backends of the checks that cannot run on the device, and what they lack."""
+    lacks: dict[Backend, str] = {
+        "triton": "" if find_spec("triton") is not None else "the triton package is not installed",
+        "cuda": cpu_shim.missing() if device.type == "cpu" else extension.missing(),
+    }
+    return {check.backend: lacks[check.backend] for check in checks if lacks[check.backend]}
 
 
 def verify(checks: Sequence[Check], device: torch.device) -> Iterator[Result]:

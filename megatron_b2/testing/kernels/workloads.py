@@ -121,7 +121,7 @@ def problems(sizes: Sizes, device: torch.device) -> Iterator[Problem]:
     part = tokens * heads * width * item
     slopes = None
     if sizes.alibi:
-        slopes = alibi_slopes(heads).to(device)
+        slopes = alibi_slopes(hidden // width)[:heads].to(device)  # of the whole model: see alibi.py
     else:
         angles = torch.rand(1, tokens, width // 2, device=device)
         qkv = normal(1, tokens, 3, heads, width)

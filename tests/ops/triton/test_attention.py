@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,6 +36,7 @@ from megatron_b2.testing.kernels.attention import (
 )
 from megatron_b2.testing.kernels.interpreter import run_interpreted
 from megatron_b2.testing.kernels.parity import Check
+from tests.ops.triton.test_elementwise import sparse
 
 CPU = torch.device("cpu")
 
@@ -73,7 +77,7 @@ def deviating(shape: Shape, dtype: torch.dtype, arch: str) -> list[str]:
 )
 def test_tiles_of_a_gpu_in_every_width(head_dim: int, dtype: torch.dtype) -> None:
     """In fp32 the scores are summed over parts of the columns (`products`)."""
-    shape = Shape(head_dim, 70, keys=90, heads=2, group=2, packed=True)
+    shape = Shape(head_dim, 70, keys=90, heads=4, group=2, packed=True)
     assert run_interpreted(deviating, shape, dtype, "sm_80") == []
 
 
@@ -91,12 +95,15 @@ def wrong_shapes(examples: int) -> list[str]:
     )
     @given(
         head_dim=st.sampled_from([8, 16, 24, 40, 64, 72, 96, 112, 136]), queries=st.integers(1, 70),
-        extra=st.integers(0, 40), batch=st.integers(1, 2), group=st.integers(1, 2), alibi=st.booleans(),
-        packed=st.booleans(), parts=st.integers(1, 3), arch=st.sampled_from(["cpu", "sm_80", "sm_90"]),
+        extra=st.integers(0, 40), batch=st.integers(1, 2), group=st.integers(1, 2), key_heads=st.integers(1, 2),
+        alibi=st.booleans(), packed=st.booleans(), parts=st.integers(1, 3), arch=st.sampled_from(["cpu", "sm_80", "sm_90"]),
         dtype=st.sampled_from(DTYPES),
     )  # fmt: skip
-    def search(arch: str, dtype: torch.dtype, queries: int, extra: int, group: int, **rest: Any) -> None:
-        shape = Shape(queries=queries, keys=queries + extra, heads=group, group=group, **rest)
+    def search(
+        arch: str, dtype: torch.dtype, queries: int, extra: int, group: int, key_heads: int, **rest: Any
+    ) -> None:
+        heads = group * key_heads
+        shape = Shape(queries=queries, keys=queries + extra, heads=heads, group=group, **rest)
         wrong[:] = deviating(shape, dtype, arch)
         assert wrong == []
 
@@ -142,14 +149,15 @@ def test_the_operation_equals_the_reference(alibi: bool, packed: bool) -> None:
 
 
 def ring(
-    qkv: Tensor, slopes: Tensor | None, documents: Documents | None, method: Any
+    qkv: Tensor, slopes: Tensor | None, documents: Documents | None, method: Any, skips: bool = False
 ) -> tuple[Tensor, Tensor]:
     from megatron_b2.ops.triton.attention import TritonAttention
 
     context = ContextParallel(dist.get_world_size(), dist.get_rank(), dist.group.WORLD, method)
     leaf = context.shard(qkv).clone().requires_grad_()
+    kernel = TritonAttention(skip_negligible=skips)
     out = context_attention(
-        *leaf.unbind(2), context=context, alibi_slopes=slopes, documents=documents, kernel=TritonAttention()
+        *leaf.unbind(2), context=context, alibi_slopes=slopes, documents=documents, kernel=kernel
     )
     out.square().sum().backward()
     return out.detach(), leaf.grad
@@ -168,10 +176,21 @@ def test_context_parallel_ranks_equal_one_process(method: str, ranks: int, packe
     torch.testing.assert_close(torch.cat(grads, 1), leaf.grad, atol=2e-5, rtol=1e-5)
 
 
+def test_a_ring_that_skips_negligible_keys_equals_one_process() -> None:
+    """The first of three shards is beyond the reach of the last."""
+    qkv, slopes = 0.3 * torch.randn(1, 384, 3, 2, 16), torch.tensor([0.8, 0.4])
+    leaf = qkv.clone().requires_grad_()
+    expected = attention.causal_attention(*leaf.unbind(2), alibi_slopes=slopes)
+    expected.square().sum().backward()
+    outs, grads = zip(*run_interpreted(ring, qkv, slopes, None, "ring", True, ranks=3), strict=True)
+    torch.testing.assert_close(torch.cat(outs, 1), expected.detach(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(grads, 1), leaf.grad, atol=2e-5, rtol=1e-5)
+
+
 def repeated() -> None:
     from megatron_b2.ops.triton.attention import TritonAttention
 
-    problem = Problem.of(Shape(40, 150, batch=2, heads=2, group=2, packed=True), torch.bfloat16, CPU)
+    problem = Problem.of(Shape(40, 150, batch=2, heads=4, group=2, packed=True), torch.bfloat16, CPU)
     for kernel in (TritonAttention(), TritonAttention(skip_negligible=True)):
         first, second = (results(problem, kernel) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -247,6 +266,83 @@ def far_apart(dim: int) -> None:
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "head", "row"])
 def test_offsets_have_64_bits(dim: int) -> None:
     run_interpreted(far_apart, dim)
+
+
+def only_last_programs(backwards: Collection[str]) -> None:
+    """From now on a launch runs the program of the last tile of the last head of the last batch. Kernels named
+    in `backwards` begin with the last tile."""
+    import triton.language as tl
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+    execute = GridExecutor.__call__
+
+    def handle(value: int) -> TensorHandle:
+        return TensorHandle(np.array([value], dtype=np.int32), tl.int32)
+
+    def last(self: Any, *args: Any, **kwargs: Any) -> None:
+        grid, self.grid = self.grid, (1,)
+        first = 0 if self.fn.__name__ in backwards else grid[0] - 1
+        numbers = (first, grid[1] - 1, grid[2] - 1)
+        InterpreterBuilder.create_get_program_id = lambda _, axis: handle(numbers[axis])
+        InterpreterBuilder.create_get_num_programs = lambda _, axis: handle(grid[axis])
+        execute(self, *args, **kwargs)
+
+    GridExecutor.__call__ = last
+
+
+def of_last_programs(folder: Path, batch: int, heads: int, length: int) -> list[Tensor]:
+    """Results and gradients of the last 3 positions of the last head. All else is holes of files: inputs,
+    outputs, statistics. The last document, and every last tile, begins with those positions."""
+    from megatron_b2.ops.triton.attention import TritonAttention, _Call
+
+    names, corner, empty = map(str, count()), (-1, -1, slice(-3, None)), Tensor.new_empty
+
+    def held(like: Tensor, shape: Any, *, dtype: torch.dtype = torch.float16, **of_triton: Any) -> Tensor:
+        if of_triton:
+            return empty(like, shape, **of_triton)
+        return sparse(folder, next(names), *shape, dtype=dtype)
+
+    def same(*values: float) -> Tensor:
+        """[B, H, S, 1], one memory for every batch and head."""
+        one = torch.zeros(1, 1, length, 1, dtype=torch.float16)
+        one[0, 0, -3:, 0] = torch.tensor(values)
+        return one.expand(batch, heads, length, 1)
+
+    only_last_programs(backwards=("forward_kernel", "query_kernel"))
+    q, k, v = same(1, -2, 3), same(2, 1, 0.5), same(1, 2, 4)
+    grad_out = held(q, (batch, length, heads, 1)).transpose(1, 2)
+    grad_out[(*corner, 0)] = torch.tensor([0.5, -1.0, 2.0]).half()
+    starts, ends = (held(q, (batch, length), dtype=torch.int32) for _ in range(2))
+    starts[-1, -3:], ends[-1, -3:] = length - 3, length - 1
+    slopes = held(q, (heads,), dtype=torch.float32)
+    slopes[-1] = 0.5
+    lengths = held(q, (batch, heads, length), dtype=torch.float32)
+    lengths[corner] = torch.tensor([1.0, 2.0, 3.0])
+    longest_keys = held(q, (batch, heads, -(-length // 64)), dtype=torch.float32)
+    longest_keys[-1, -1, -1] = 2.0
+    pattern, kernel = Pattern(slopes, Documents(starts, ends, ())), TritonAttention(skip_negligible=True)
+    positions = {"query_start": 0, "key_start": 0, "dtype": torch.float16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", held)
+        patch.setattr(_Call, "lengths", (lengths, longest_keys))
+        out, lse = kernel.forward(q, k, v, pattern, **positions)
+        rows = Rows(q, grad_out, lse, kernel.delta(out, grad_out))
+        found = [out, lse, rows.delta, *kernel.backward(rows, k, v, pattern, **positions)]
+    return [x[corner].clone() for x in found]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"),
+    [(2**30, 1, 3), (2, 2**30, 3), (1, 2**16, 2**15 + 3)],
+    ids=["batch", "head", "row"],
+)
+def test_statistics_outputs_and_gradients_beyond_int32(
+    batch: int, heads: int, length: int, tmp_path: Path
+) -> None:
+    far = run_interpreted(of_last_programs, tmp_path, batch, heads, length, check_overflow=True)
+    near = run_interpreted(of_last_programs, tmp_path, 1, 1, 3, check_overflow=True)
+    assert all(x.abs().sum() > 0 for x in near)
+    assert all(map(torch.equal, far, near))
 
 
 def with_poison(starts: list[int], poisoned: slice, clean: slice, *, skip: bool, slope: float | None) -> None:

@@ -56,18 +56,26 @@ def test_errors_are_those_of_torch_in_the_full_sweep(check: Check) -> None:
     assert run_interpreted(failures, [check]) == []
 
 
-def many_programs() -> list[str]:
-    """As on a GPU, where the rows of a backward are shared by more programs than on a CPU."""
-    from megatron_b2.ops.triton import rows
+def of_programs(programs: int) -> list[str]:
+    """A backward whose rows so many programs share."""
+    from megatron_b2.ops.triton import rms_norm as kernels
 
-    rows.PROGRAMS = 11
-    assert rows.programs_for(41, "cpu") == 11
+    kernels.programs_for = lambda rows, arch: programs
     cases = [norm_case(op, 41, 200, dtype=torch.float32, device=CPU) for op in ("rms_norm", "add_rms_norm")]
     return [str(result) for case in cases for result in compare(case) if not result.passed]
 
 
-def test_partial_sums_of_many_programs_add_up() -> None:
-    assert run_interpreted(many_programs) == []
+@pytest.mark.parametrize("programs", [3, 41])
+def test_partial_sums_of_programs_add_up(programs: int) -> None:
+    assert run_interpreted(of_programs, programs) == []
+
+
+def test_rows_are_shared_as_on_a_gpu() -> None:
+    """Order and error of the sums are then those of a GPU, also under the interpreter."""
+    from megatron_b2.ops.triton.rows import programs_for
+
+    for arch, most in (("sm_80", 216), ("sm_90", 264), ("cpu", 216)):
+        assert [programs_for(rows, arch) for rows in (0, 1, 41, 4_096)] == [1, 1, 11, most]
 
 
 def reference_cases() -> list[tuple[Callable[..., Any], list[Tensor]]]:

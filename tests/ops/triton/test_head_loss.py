@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_b2.parallel.tensor_parallel import TensorParallel
 from megatron_b2.testing.kernels import head_loss as kit
 from megatron_b2.testing.kernels.interpreter import run_interpreted
-from megatron_b2.testing.kernels.parity import Check
+from megatron_b2.testing.kernels.parity import Check, Deviation
 
 CPU = torch.device("cpu")
+LARGE = 100e6
+"""Bytes of the largest temporary that the head may have."""
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,43 @@ CPU = torch.device("cpu")
 )
 def test_parity(check: Check) -> None:
     assert [one for one in run_interpreted(check.run, CPU) if not one.passed] == []
+
+
+def on_tiles_of(arch: str, case: kit.Case) -> list[Deviation]:
+    """What is too far off on the tiles of a GPU, with several chunks of the vocabulary and of tokens."""
+    from unittest.mock import patch
+
+    from megatron_b2.ops.triton import head_loss, target
+
+    function = head_loss.norm_head_loss_kept if case.keeps else head_loss.norm_head_loss
+    chunks = {"MAX_CHUNK": 128, "MIN_CHUNK": 128, "KEPT_BYTES": 4 * case.vocab * 128}
+    with patch.object(target, "arch_of", lambda device: arch), patch.multiple(head_loss, **chunks):
+        return [one for one in kit.compare(case, function, device=CPU) if not one.passed]
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize(
+    ("arch", "case"),
+    [("sm_80", kit.Case(140, 300, 40, torch.float32)), ("sm_90", kit.Case(150, 300, 72, torch.bfloat16))],
+    ids=["fp32", "bf16"],
+)
+def test_tiles_of_a_gpu(arch: str, case: kit.Case, keeps: bool) -> None:
+    assert run_interpreted(on_tiles_of, arch, replace(case, keeps=keeps)) == []
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_tiles_of_the_gpus_are_the_same_and_keep_the_bits_of_the_loss(itemsize: int) -> None:
+    """So `test_tiles_of_a_gpu` runs all; the order of sums of both ways to the gradient is one."""
+    from megatron_b2.ops.triton.tiles import head_tiles
+
+    tiles = head_tiles("sm_80", itemsize)
+    assert tiles == head_tiles("sm_90", itemsize)
+    for plain, kept in (
+        (tiles.statistics, tiles.kept_statistics),
+        (tiles.weight_gradient, tiles.weight_gradient_sum),
+    ):
+        assert plain.depth == kept.depth
+    assert tiles.statistics.columns == tiles.kept_statistics.columns
 
 
 def inputs(tokens: int, vocab: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,6 +283,21 @@ def test_graph_is_kept_runs_repeat_and_only_wanted_gradients_are_made() -> None:
     run_interpreted(check_graph)
 
 
+def check_no_tokens() -> None:
+    from megatron_b2.ops.triton import head_loss
+
+    hidden, weight, labels = inputs(0, 70, 24)
+    for function in (head_loss.norm_head_loss, head_loss.norm_head_loss_kept):
+        total, grad_hidden, grad_weight = run(function, hidden, weight, labels, ce_scale=0.3, z_scale=0.1)
+        assert total == 0
+        assert grad_hidden.shape == (0, 24)
+        assert torch.equal(grad_weight, torch.zeros(70, 24))
+
+
+def test_no_tokens_have_no_loss_and_no_gradient() -> None:
+    run_interpreted(check_no_tokens)
+
+
 def check_chunks() -> None:
     """Several vocabulary chunks, several token chunks: sums go on in fp32."""
     from unittest.mock import patch
@@ -363,25 +419,39 @@ def without_launches(function: Callable[[], Any]) -> Any:
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes and elements of the largest new tensor, those of the shape of the weight set aside: its gradient."""
+    """Shape and dtype of every new tensor."""
 
-    def __init__(self, weight: torch.Size) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.weight = weight
-        self.bytes = self.elements = 0
+        self.made: list[tuple[torch.Size, torch.dtype]] = []
+
+    def temporaries(self, weight: Tensor) -> list[tuple[torch.Size, torch.dtype]]:
+        """All but one of the shape and dtype of the weight: its gradient, which must be among them."""
+        beside = list(self.made)
+        beside.remove((weight.shape, weight.dtype))
+        return beside
+
+    def large(self) -> Counter[tuple[torch.Size, torch.dtype]]:
+        """Those of more than 100 MB."""
+        return Counter(one for one in self.made if size_of(one) > LARGE)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = zip(out if isinstance(out, (tuple, list)) else (out,), func._schema.returns, strict=False)
         for tensor, value in made:
-            is_view = value.alias_info is not None
-            if isinstance(tensor, Tensor) and not is_view and tensor.shape != self.weight:
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-                self.elements = max(self.elements, tensor.numel())
+            if isinstance(tensor, Tensor) and value.alias_info is None:
+                self.made.append((tensor.shape, tensor.dtype))
         return out
 
 
-def largest_temporaries(name: str, tokens: int, vocab: int, width: int) -> tuple[int, int]:
+def size_of(made: tuple[torch.Size, torch.dtype]) -> int:
+    """Bytes."""
+    shape, dtype = made
+    return shape.numel() * dtype.itemsize
+
+
+def allocations_of(name: str, tokens: int, vocab: int, width: int) -> tuple[Tensor, Allocations]:
+    """The weight and what forward and backward allocate."""
     from megatron_b2.ops.triton import head_loss
 
     meta = {"dtype": torch.bfloat16, "device": "meta"}
@@ -390,22 +460,40 @@ def largest_temporaries(name: str, tokens: int, vocab: int, width: int) -> tuple
     labels = torch.empty(tokens, dtype=torch.int64, device="meta")
     # A tensor on meta has no value: anything that waits for one (.item()) raises.
     scale = torch.empty((), device="meta")
-    with Allocations(weight.shape) as allocations:
+    with Allocations() as allocations:
         loss = getattr(head_loss, name)(hidden, weight, labels, ce_scale=scale, z_scale=scale)
         loss.total.backward()
     assert weight.grad.dtype == hidden.grad.dtype == torch.bfloat16
-    return allocations.bytes, allocations.elements
+    return weight, allocations
 
 
 def test_no_temporary_is_larger_than_100_mb_and_nothing_waits_for_the_gpu() -> None:
     from megatron_b2.testing.fork import run_ranks
 
     tokens, vocab, width = 4096, 125_696, 4096
-    for name in ("norm_head_loss", "norm_head_loss_kept"):
-        arguments = (name, tokens, vocab, width)
-        ((size, elements),) = run_ranks(1, without_launches, lambda a=arguments: largest_temporaries(*a))
-        assert 0 < size <= 100e6
-        assert elements <= tokens * width < tokens * vocab / 16
+
+    def temporaries() -> list[tuple[torch.Size, torch.dtype]]:
+        weight, allocations = allocations_of("norm_head_loss", tokens, vocab, width)
+        return allocations.temporaries(weight)
+
+    (made,) = run_ranks(1, without_launches, temporaries)
+    assert 0 < max(map(size_of, made)) <= LARGE
+    assert max(shape.numel() for shape, _ in made) <= tokens * width < tokens * vocab / 16
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_kept_products_cost_the_sum_and_the_gradient_of_the_weight(ranks: int) -> None:
+    """Its sum in fp32, its gradient from forward to backward, and that times the upstream gradient: nothing
+    else is large."""
+    from megatron_b2.testing.fork import run_ranks
+
+    vocab, width = 125_696 // ranks, 4096
+
+    def large() -> Counter[tuple[torch.Size, torch.dtype]]:
+        return allocations_of("norm_head_loss_kept", 4096, vocab, width)[1].large()
+
+    shape = torch.Size((vocab, width))
+    assert run_ranks(1, without_launches, large) == [{(shape, torch.float32): 1, (shape, torch.bfloat16): 2}]
 
 
 def strided(path: Path, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
