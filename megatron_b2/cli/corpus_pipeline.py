@@ -6,11 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import tyro
 
 from megatron_b2.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_b2.corpus.pipeline.explain import Explanation
 
 TIMES: Final = "times.json"
 """In the work folder: tasks and seconds of each stage in the last run."""
@@ -26,16 +29,21 @@ class Run:
     """Run the stages of a pipeline over a corpus, as far as they are not done.
 
     Settings of the file can be replaced: --minhash.threshold 0.7, --execution.workers 8, --stages
-    normalize exact minhash. A run that was stopped in any way goes on where it was; `b2 corpus report`
-    shows the result. The work is done on processes of this machine, on a Ray cluster or in SLURM job arrays.
+    normalize exact minhash; `b2 corpus settings` lists them all. A run that was stopped in any way goes on
+    where it was; `b2 corpus report` shows the result. The work is done on processes of this machine, on a Ray
+    cluster or in SLURM job arrays.
 
-    Examples: b2 corpus run examples/corpus/zhen.toml --execution.workers 2
-    b2 corpus run examples/corpus/zhen.toml --executor ray --address auto
-    b2 corpus run examples/corpus/zhen.toml --executor slurm --execution.slurm.partition cpu
+    Example: b2 corpus run examples/corpus/zhen.toml --execution.workers 2
+
+    Example: b2 corpus run examples/corpus/zhen.toml --executor ray --address auto
+
+    Example: b2 corpus run examples/corpus/zhen.toml --executor slurm --execution.slurm.partition cpu
     """
 
     pipeline: Annotated[Path, tyro.conf.Positional]
     """TOML file."""
+    verify: bool = False
+    """Read every file that earlier runs made first, and make again what is damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +95,24 @@ class Mix:
     """Replace an earlier mix."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Remember:
+    """Write which texts a corpus had, so that later corpora leave them out: exact.seen = ["FILE"].
+
+    A Bloom filter: about 4 bytes a text at the default rate, all of it in memory while it is made. It never
+    misses a text of this corpus.
+
+    Example: b2 corpus remember runs/corpus --out seen.bloom
+    """
+
+    work: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run that had the stage exact."""
+    out: Path
+    """File to write."""
+    false_positive_rate: float = 1e-6
+    """Chance that a new text is taken for one of this corpus."""
+
+
 def main(command: object) -> int:
     """Run a parsed command."""
     match command:
@@ -96,11 +122,13 @@ def main(command: object) -> int:
             return _explain(command)
         case Mix():
             return _mix(command)
+        case Remember():
+            return _remember(command)
     raise AssertionError(f"no such command: {command}")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """`b2 corpus run PIPELINE [--key VALUE ...]`."""
+    """`b2 corpus run PIPELINE [--verify] [--key VALUE ...]`."""
     from megatron_b2.corpus.pipeline.config import load_pipeline
     from megatron_b2.corpus.pipeline.execution import executor_of
     from megatron_b2.corpus.pipeline.run import run_pipeline
@@ -108,12 +136,14 @@ def run(arguments: Sequence[str]) -> int:
 
     if not arguments or arguments[0].startswith("-"):
         raise InputError("PIPELINE is missing: b2 corpus run PIPELINE.toml [--key VALUE ...]")
-    flags = (argument.partition("=") for argument in arguments[1:])
+    flags = (argument.partition("=") for argument in arguments[1:] if argument != "--verify")
     overrides = [SHORT.get(flag, flag) + equals + value for flag, equals, value in flags]
     config = load_pipeline(Path(arguments[0]), overrides)
     work = Path(config.work)
     with executor_of(config.execution, work) as executor:
-        done = run_pipeline(config.input, config.chosen(), work=work, executor=executor)
+        done = run_pipeline(
+            config.input, config.chosen(), work=work, executor=executor, verify="--verify" in arguments
+        )
     rows = [(name, f"{t.tasks:,}", f"{t.reused:,}", f"{t.seconds:,.1f}") for name, t in done.times.items()]
     write_json(work / TIMES, {"stages": {name: asdict(time) for name, time in done.times.items()}})
     _print_table(("stage", "tasks", "done before", "seconds"), rows)
@@ -140,6 +170,8 @@ def _report(command: Report) -> int:
         for name, f in report.languages.items()
     ]
     _print_table(("language", "raw MB", "% of bytes kept"), kept)
+    for stage, facts in report.facts.items():
+        print(f"{stage}: {', '.join(f'{name} = {value}' for name, value in facts.items())}")
     picture, page = command.out / "funnel.png", command.out / "report.html"
     write_json(command.out / "report.json", report.to_dict())
     draw_funnel(report, picture)
@@ -153,18 +185,23 @@ def _explain(command: Explain) -> int:
     from megatron_b2.files.atomic import write_json
 
     found = explain(command.work, command.document)
-    print(f"{command.document}: row {found.row} of unit {found.unit}, read from {found.path}:{found.line}")
+    for explanation in found:
+        _print_explanation(explanation, text=command.text)
+    if command.json is not None:
+        write_json(command.json, [explanation.to_dict() for explanation in found])
+    return 0
+
+
+def _print_explanation(found: Explanation, *, text: bool) -> None:
+    print(f"{found.id}: row {found.row} of unit {found.unit}, read from {found.path}:{found.line}")
     for stage in found.stages:
         print(f"{stage.name:14} {stage.verdict}")
         for name, value in stage.values.items():
             print(f"{'':14}   {name} = {_short(value)}")
         if stage.relatives:
             print(f"{'':14}   together with {', '.join(stage.relatives)}")
-        if command.text and stage.text is not None:
+        if text and stage.text is not None:
             print(stage.text)
-    if command.json is not None:
-        write_json(command.json, found.to_dict())
-    return 0
 
 
 def _short(value: Any) -> str:
@@ -197,6 +234,15 @@ def _mix(command: Mix) -> int:
     ]
     _print_table(("group", "documents", "MB", "weight", "% of samples"), rows)
     print(f"blend: {command.out / 'blend.toml'}")
+    return 0
+
+
+def _remember(command: Remember) -> int:
+    from megatron_b2.corpus.pipeline.remember import remember
+
+    rate = command.false_positive_rate
+    seen = remember(command.work, command.out, false_positive_rate=rate)
+    print(f"{seen.added:,} different texts; use it as exact.seen = [\"{command.out}\"]")
     return 0
 
 

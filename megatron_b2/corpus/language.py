@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -128,7 +129,10 @@ def _latin(sample: str) -> str:
     words = Counter(_WORD.findall(sample.lower()))
     hits = {language: [word for word in stop if words[word]] for language, stop in _STOP_WORDS.items()}
     shared = Counter(word for stop in _STOP_WORDS.values() for word in stop)
-    scores = {language: sum(words[word] / shared[word] for word in found) for language, found in hits.items()}
+    # fsum: a plain sum depends on the order of a set, which is another one in every process.
+    scores = {
+        language: math.fsum(words[word] / shared[word] for word in found) for language, found in hits.items()
+    }
     best = max(scores, key=lambda language: scores[language])
     enough = len(hits[best]) >= MIN_STOP_WORDS and scores[best] >= 0.04 * words.total()
     return best if enough else UNDETERMINED

@@ -17,6 +17,8 @@ from typing import Any, Final
 from megatron_b2.errors import ConfigError
 
 CONSTANTS_FILE: Final = "constants.toml"
+ALLOCATOR_DEVICE: Final = 84.9e9
+"""Bytes of the device on which allocator_bytes was fitted (A100 of 80 GB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,15 @@ class Constants:
     scalar_attention: float
     """Share of the peak of attention products whose head width is no multiple of 8, which unfused attention
     does without tensor cores."""
+    ampere_flash_1: float
+    """Rate of the first FlashAttention (llm-foundry, 2023) on A100, relative to large products."""
+    hopper_flash_1: float
+    """The same on H100, for which its kernels were not written."""
     allocator_bytes: float
-    """Device memory that no formula counts: fragmentation, CUDA context, NCCL and library workspaces."""
+    """Device memory that no formula counts, on a device of 80 GB: fragmentation, CUDA context, NCCL and
+    library workspaces."""
+    fsdp_allocator_bytes: float
+    """The same of PyTorch's FSDP (2023 and later), as PyTorch counts it."""
 
     # Not fitted.
     kernel_latency: float = 5e-6
@@ -70,9 +79,22 @@ class Constants:
         """Share of the peak of large products; all of it where the peak was measured with a product."""
         return {"hopper": self.hopper_matmul, "measured": 1.0}.get(architecture, self.ampere_matmul)
 
+    def fused_rate(self, attention: str, architecture: str) -> float:
+        """Rate of a kind of fused attention relative to large products."""
+        if attention != "flash-1":
+            return self.fused_attention
+        return self.hopper_flash_1 if architecture == "hopper" else self.ampere_flash_1
+
+    def allocator(self, zero_engine: str, memory_bytes: float) -> float:
+        """What no formula counts on a device of `memory_bytes`: in proportion up to 80 GB, as a smaller
+        device has less to hold back (our choice; no published row gives the memory of a smaller one)."""
+        whole = self.fsdp_allocator_bytes if zero_engine == "fsdp" else self.allocator_bytes
+        return whole * min(1.0, memory_bytes / ALLOCATOR_DEVICE)
+
     def band(self, regime: str) -> float:
-        """The regime's error; the widest of all where no held-out row has been of the regime."""
-        return self.bands.get(regime, max(self.bands.values(), default=1.0))
+        """The regime's error; the widest of any time where no held-out row has been of the regime."""
+        times = (band for name, band in self.bands.items() if name != "memory")
+        return self.bands[regime] if regime in self.bands else max(times, default=1.0)
 
     def fabric(self, name: str) -> float:
         """Share of the network ports' bandwidth on a fabric."""
@@ -86,8 +108,8 @@ class Constants:
 
 FITTED: Final = (
     *("ampere_matmul", "hopper_matmul", "memory", "nvlink", "network", "omnipath", "interference"),
-    "scalar_attention",
-    "allocator_bytes",
+    *("scalar_attention", "ampere_flash_1", "hopper_flash_1"),
+    *("allocator_bytes", "fsdp_allocator_bytes"),
 )
 """Constants that constants.toml must give."""
 

@@ -4,7 +4,8 @@
 
 Time: three rates of a device (products, memory, NVLink) on the ten rows of SC21's Table 1, and on nothing
 else. What those rows do not show has its own few rows, named in `TIME_SETS`; all others are held out. Memory:
-one constant on every second line of BLOOM's log. Least squares of log(predicted / measured), within bounds.
+one constant on every second line of BLOOM's log, and one of FSDP on one row of torchtitan. Least squares of
+log(predicted / measured), within bounds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_b2.planner.published import GIB, Prediction, predict_run, publishe
 from megatron_b2.planner.rows import PublishedRun
 from megatron_b2.planner.step import predict_step, regime_of
 
-TABLES: Final = ("megatron", "megatron_more", "bloom", "bloom_more", "fsdp")
+TABLES: Final = ("megatron", "megatron_more", "bloom", "bloom_more", "fsdp", "fsdp_more")
 """Files of published runs."""
 DEVICE: Final = ("ampere_matmul", "memory", "nvlink")
 """Constants that SC21's Table 1 shows."""
@@ -41,11 +42,16 @@ BOUNDS: Final[Mapping[str, tuple[float, float]]] = MappingProxyType(
         "omnipath": (0.05, 0.95),
         "interference": (0.01, 0.9),
         "scalar_attention": (0.01, 0.25),
+        "ampere_flash_1": (0.1, 0.9),
+        "hopper_flash_1": (0.1, 0.9),
         "allocator_bytes": (1e9, 20e9),
+        "fsdp_allocator_bytes": (1e9, 20e9),
     }
 )
 PASSES: Final = 2
 """Rounds of all fits: the network's share has a small part in Table 1, and the device's in the others."""
+LONG: Final = 4096
+"""Tokens of a sample above which attention decides the time of small models."""
 QUANTILE: Final = 0.9
 """Share of held-out rows within a band."""
 
@@ -67,6 +73,11 @@ def _line(run: PublishedRun) -> int:
     return int(run.cells.get("line") or 0)
 
 
+def _is_foundry(run: PublishedRun, **cells: str) -> bool:
+    """Whether a run is llm-foundry's and has these cells."""
+    return run.source == "llm-foundry" and all(run.cells[name] == cell for name, cell in cells.items())
+
+
 TIME_SETS: Final = (
     FitSet(DEVICE, "SC21 table 1, all 10 rows", lambda table, run: run.source == "SC21-T1"),
     FitSet(
@@ -82,7 +93,17 @@ TIME_SETS: Final = (
     FitSet(
         ("hopper_matmul",),
         "llm-foundry, 1 H100 row (70B on 64), whose products are the largest",
-        lambda table, run: table == "fsdp" and (run.cells["gpu"], run.cells["model"]) == ("H100-80", "70b"),
+        lambda table, run: _is_foundry(run, gpu="H100-80", model="70b", gpus="64"),
+    ),
+    FitSet(
+        ("ampere_flash_1",),
+        "llm-foundry, 1 A100 row (7B, sequences of 65,536, nearly all attention)",
+        lambda table, run: _is_foundry(run, gpu="A100-80", model="7b", seq="65536"),
+    ),
+    FitSet(
+        ("hopper_flash_1",),
+        "llm-foundry, 1 H100 row (7B, sequences of 65,536, nearly all attention)",
+        lambda table, run: _is_foundry(run, gpu="H100-80", model="7b", seq="65536"),
     ),
     FitSet(
         ("scalar_attention",),
@@ -96,10 +117,17 @@ TIME_SETS: Final = (
         spread_only=True,
     ),
 )
-MEMORY_SET: Final = FitSet(
-    ("allocator_bytes",),
-    "BLOOM, rows of odd lines",
-    lambda table, run: table == "bloom" and _line(run) % 2 == 1,
+MEMORY_SETS: Final = (
+    FitSet(
+        ("allocator_bytes",),
+        "BLOOM, rows of odd lines",
+        lambda table, run: table == "bloom" and _line(run) % 2 == 1,
+    ),
+    FitSet(
+        ("fsdp_allocator_bytes",),
+        "torchtitan, 1 row (8B on 8)",
+        lambda table, run: run.source == "torchtitan" and run.cells["gpus"] == "8",
+    ),
 )
 
 
@@ -125,8 +153,10 @@ def fit_constants(start: Constants | None = None) -> Constants:
         for fit in TIME_SETS:
             chosen = [run for table, run in runs if fit.holds(table, run) and run.measured_time]
             constants = _fitted(constants, fit, chosen, _time_logs)
-    memory = [run for table, run in runs if MEMORY_SET.holds(table, run) and run.measured_memory]
-    return _fitted(constants, MEMORY_SET, memory, _memory_logs)
+    for fit in MEMORY_SETS:
+        chosen = [run for table, run in runs if fit.holds(table, run) and run.measured_memory]
+        constants = _fitted(constants, fit, chosen, _memory_logs)
+    return constants
 
 
 Logs = Callable[[Sequence[PublishedRun], Constants], list[float]]
@@ -168,9 +198,13 @@ def _time_logs(runs: Sequence[PublishedRun], constants: Constants) -> list[float
 
 def _memory_logs(runs: Sequence[PublishedRun], constants: Constants) -> list[float]:
     return [
-        log(predict_memory(run.workload, constants).total / GIB / run.measured_memory)
+        log(
+            predict_memory(run.workload, constants, memory_bytes=run.cluster.gpu.memory_bytes).total
+            / GIB
+            / run.measured_memory
+        )
         for run in runs
-        if run.workload is not None and run.measured_memory
+        if run.workload is not None and run.cluster is not None and run.measured_memory
     ]
 
 
@@ -192,7 +226,9 @@ class Judged:
         if run.form == "bloom":
             return f"BLOOM, {run.cells['section']}"
         if run.form == "fsdp":
-            return f"{run.source}, {run.cells['gpu'].split('-')[0]}"
+            assert run.workload is not None
+            long = ", sequences over 4,096" if run.workload.seq_len > LONG else ""
+            return f"{run.source}, {run.cells['gpu'].split('-')[0]}{long}"
         return run.source
 
 
@@ -202,8 +238,10 @@ def judge(constants: Constants) -> list[Judged]:
         Judged(
             table,
             predict_run(run, constants),
-            ", ".join(name for fit in TIME_SETS if fit.holds(table, run) for name in fit.constants),
-            ", ".join(MEMORY_SET.constants) if MEMORY_SET.holds(table, run) else "",
+            *(
+                ", ".join(name for fit in sets if fit.holds(table, run) for name in fit.constants)
+                for sets in (TIME_SETS, MEMORY_SETS)
+            ),
         )
         for table, run in all_runs()
     ]
@@ -296,7 +334,7 @@ def _lines(constants: Constants, judged: Sequence[Judged]) -> Iterator[str]:
     yield "# Written by python -m megatron_b2.planner.fit: do not edit. docs/planner.md has the sources."
     yield ""
     yield "[constants]"
-    origin = {name: fit.says for fit in (*TIME_SETS, MEMORY_SET) for name in fit.constants}
+    origin = {name: fit.says for fit in (*TIME_SETS, *MEMORY_SETS) for name in fit.constants}
     for name in FITTED:
         yield f"# fitted on {origin[name]}"
         yield f"{name} = {getattr(constants, name):.4g}"

@@ -1,40 +1,34 @@
-"""What a row of each form of published runs says: its workload, cluster and measurements.
+"""What a row of BLOOM's log or of FSDP's tables says: its workload, cluster and measurements.
 
 What a source leaves open is filled in with what its programs did at the time, and listed in `assumed`.
 """
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
-from importlib import resources
-from math import gcd
-from typing import Any, Final
+from typing import Final
 
-from megatron_b2.planner.flops import Convention, seconds_from_tflops, step_flops
-from megatron_b2.planner.hardware import Cluster, gpu_names, load_hardware, with_nics
-from megatron_b2.planner.memory import predict_memory
+from megatron_b2.planner.flops import seconds_from_tflops, step_flops
+from megatron_b2.planner.hardware import load_hardware
+from megatron_b2.planner.megatron_rows import LARGEST_MICRO, is_possible
+from megatron_b2.planner.models import MODELS, known_model, llama_named
 from megatron_b2.planner.rows import (
     PublishedRun,
     Row,
     RowError,
+    cluster_of,
     fitted_batch,
     memory_of,
     needed,
     number,
     positive,
     ran_out,
+    recompute_of,
     whole,
 )
 from megatron_b2.planner.workload import ModelShape, Recompute, Workload
 
-SC21: Final = r"SC'?21|2104\.04473|Narayanan"
-"""How sources name the paper whose TFLOP/s count recomputation (equation 3) and whose program was of 2021."""
-KORTHIKANTI: Final = r"Korthikanti|2205\.05198"
-"""How sources name the paper on sequence parallelism and selective recomputation, of 2022."""
 BLOOM_VOCABULARY: Final = 250_880
 """Rows of BLOOM's embedding (bigscience, tr11-176B)."""
 BLOOM_HEADS: Final = 64
@@ -44,202 +38,8 @@ BLOOM_FP32_SUMS: Final = (2, 28)
 "Rebalancing layers")."""
 WORK_TOLERANCE: Final = 0.15
 """Between the work of a row's batch and its seconds times TFLOP/s, whose early formula was 3 % low."""
-SIZE_TOLERANCE: Final = 0.01
-"""Between a model's printed size and its parameters; a row further off has other layers than its header."""
-MODELS: Final = "published/models.csv"
-
-
-def megatron_run(row: Row) -> PublishedRun:
-    """A row of Megatron-LM's papers and tables."""
-    cluster = cluster_of(row)
-    text = f"{row.get('source', '')} {row.get('notes', '')}"
-    assumed: list[str] = []
-    fields = _megatron_layout(row, text, assumed)
-    fields |= _megatron_program(row, text, cluster, assumed)
-    shape = _shape_of(row)
-    micro = whole(row, "mbs")
-    if micro is None:
-        micro = 1
-        assumed.append("micro-batch 1")
-    pieces = fields["virtual_stages"]
-    batch, note = fitted_batch(
-        needed(row, "gbs"), micro=micro, data=fields["data"], rounds=fields["pipeline"] if pieces > 1 else 1
-    )
-    assumed += note
-    work = Workload(
-        shape=shape,
-        seq_len=needed(row, "seq"),
-        micro_batch_size=micro,
-        global_batch=batch,
-        schedule="interleaved" if pieces > 1 else "1f1b",
-        chunked_head=False,
-        balanced_stages=False,
-        **fields,
-    )
-    stated = row.get("recompute", "") or ("none" if _is_llama(row) else "")  # arXiv 2407.21783, section 3.3.2
-    work = _with_recompute(work, stated, cluster, assumed)
-    return PublishedRun(
-        form="megatron",
-        row=0,
-        source=row.get("source", ""),
-        workload=work,
-        cluster=cluster,
-        measured_time=_megatron_time(row, work, cluster, text),
-        measured_memory=memory_of(row),
-        out_of_memory=ran_out(row),
-        assumed=tuple(assumed),
-    )
-
-
-def _megatron_layout(row: Row, text: str, assumed: list[str]) -> dict[str, Any]:
-    """Tensor, pipeline, virtual stages, context and data, of what is given: gpus = t p c d."""
-    layers, heads = needed(row, "layers"), _heads(row, assumed)
-    if any(number(row.get(name, "")) not in (None, 0.0, 1.0) for name in ("ep", "experts")):
-        raise RowError("expert parallelism is not modelled")
-    t, p, d = whole(row, "tp"), whole(row, "pp"), whole(row, "dp")
-    context = whole(row, "cp") or _named(text, "CP") or 1
-    v = whole(row, "vpp") or _named(text, "VPP")
-    named = _named(text, r"MP|model[- ]parallel")
-    gpus = whole(row, "gpus") or (t * p * d * context if t and p and d else needed(row, "gpus"))
-    if t is None and p is None:
-        model = named or (max(1, gpus // (d * context)) if d else 8 * context)
-        t = gcd(gcd(8, model), heads)
-        p = model // t
-        assumed.append(f"tensor {t} x pipeline {p}")
-    elif p is None:
-        p = max(1, (named // t) if named and t else gpus // ((t or 1) * context * (d or gpus)))
-        assumed.append(f"pipeline {p}")
-    elif t is None:
-        t = max(1, named // p) if named else gcd(gcd(8, heads), gpus // p)
-        assumed.append(f"tensor {t}")
-    assert t is not None
-    model = t * p * context
-    if gpus % model:
-        raise RowError(f"gpus = {gpus} is no multiple of tensor x pipeline x context = {t} x {p} x {context}")
-    data = gpus // model
-    if d is not None and d != data:
-        assumed.append(f"data {data} instead of {d}, by the number of GPUs")
-    if v is None and p > 1 and _is_llama(row):
-        v = max(1, layers // p)  # arXiv 2407.21783, section 3.3.2: an interleaved schedule, layer by layer
-        assumed.append(f"virtual stages {v}")
-    if v is None and p > 1 and _is_interleaved(row, text, layers=layers, pipeline=p, data=data):
-        v = layers // p // 2
-        assumed.append(f"virtual stages {v}")
-    v = v or 1
-    if v > 1 and p * v > layers:
-        assumed.append(f"virtual stages 1 instead of {v}: {layers} layers are too few")
-        v = 1
-    return {"tensor": t, "pipeline": p, "context": context, "data": data, "virtual_stages": v if p > 1 else 1}
-
-
-def _is_interleaved(row: Row, text: str, *, layers: int, pipeline: int, data: int) -> bool:
-    """Whether a run of 2023 or later that says nothing of its schedule is taken to be interleaved, two layers
-    a chunk (our assumption: Megatron-LM's large runs are), if its layers and batch allow it."""
-    is_late = not re.search(f"{SC21}|{KORTHIKANTI}|zero[-_ ]?3|fsdp", text, re.IGNORECASE)
-    micro = needed(row, "gbs") / (data * (whole(row, "mbs") or 1))
-    return is_late and layers % (2 * pipeline) == 0 and layers > 2 * pipeline and micro % pipeline == 0
-
-
-def _heads(row: Row, assumed: list[str]) -> int:
-    """Attention heads; where they are not given, heads of width 128."""
-    heads = whole(row, "heads")
-    if heads is None:
-        heads = max(1, needed(row, "hidden") // 128)
-        assumed.append(f"{heads} heads")
-    return heads
-
-
-def _is_llama(row: Row) -> bool:
-    names = (row.get("source", ""), row.get("model", ""), row.get("notes", ""))
-    return any("llama" in name.lower() for name in names)
-
-
-def _megatron_program(row: Row, text: str, cluster: Cluster, assumed: list[str]) -> dict[str, Any]:
-    """What the program of the time did: Megatron-LM of 2021 (fp16, plain data parallelism), of 2022 (sequence
-    parallelism), of 2023 and later (bf16 with fp32 sums, sharded optimizer), DeepSpeed's ZeRO-3, FSDP."""
-    is_hopper = cluster.gpu.architecture == "hopper"
-    fields: dict[str, Any] = {
-        "attention": "fused" if is_hopper else "unfused",
-        "gradient_copy": re.search(SC21, text, re.IGNORECASE) is not None,
-    }
-    if re.search(r"zero[-_ ]?3", text, re.IGNORECASE):
-        return fields | {"zero_stage": 3, "gradient_bytes": 2, "overlap_data": True}
-    if re.search(r"fsdp", text, re.IGNORECASE):
-        return fields | {"zero_stage": 3, "zero_engine": "fsdp", "attention": "fused"}
-    parallel = row.get("seqpar", "").lower()
-    is_early = re.search(f"{SC21}|{KORTHIKANTI}", text, re.IGNORECASE) is not None
-    if parallel:
-        fields["sequence_parallel"] = parallel in ("true", "yes", "on") or bool(number(parallel))
-    else:
-        fields["sequence_parallel"] = not is_early or "sp" in row.get("recompute", "").lower().split("+")
-        assumed.append(f"sequence parallelism {'on' if fields['sequence_parallel'] else 'off'}")
-    if is_early:
-        return fields | {"zero_stage": 0, "gradient_bytes": 2, "overlap_data": False}
-    fields["zero_engine"] = "megatron"
-    assumed.append("ZeRO-1, fp32 gradients" + (", overlapped" if is_hopper else ""))
-    return fields | {"zero_stage": 1, "gradient_bytes": 4, "overlap_data": is_hopper}
-
-
-def _with_recompute(work: Workload, cell: str, cluster: Cluster, assumed: list[str]) -> Workload:
-    """The workload with what a cell says of recomputation; of an empty cell, the least that fits. Unfused
-    attention without recomputation is left out: nobody has run it at this size since 2022."""
-    kind = recompute_of(cell)
-    if kind is not None:
-        return replace(work, recompute=kind)
-    kinds: tuple[Recompute, ...] = ("none", "selective", "full")
-    options = [replace(work, recompute=kind) for kind in kinds[work.attention == "unfused" :]]
-    fitting = [one for one in options if predict_memory(one).total <= cluster.gpu.memory_bytes]
-    chosen = (fitting or options[-1:])[0]
-    assumed.append(f"recompute {chosen.recompute}")
-    return chosen
-
-
-def recompute_of(cell: str) -> Recompute | None:
-    """full, sel, sel+SP, none, 1, 0, true, false; None for an empty cell or "unstated"."""
-    text = cell.strip().lower()
-    if text.startswith("sel") or text == "selective":
-        return "selective"
-    if text in ("full", "1", "true", "yes", "uniform", "block"):
-        return "full"
-    if text in ("none", "0", "false", "no", "off"):
-        return "none"
-    return None
-
-
-def _megatron_time(row: Row, work: Workload, cluster: Cluster, text: str) -> float | None:
-    """Seconds a step: as given, or of TFLOP/s or a utilisation by the source's own convention."""
-    seconds, tflops = positive(row, "iter_s"), positive(row, "tflops_per_gpu")
-    if seconds is not None:
-        return seconds
-    convention: Convention = "sc21-model"
-    if re.search(SC21, text, re.IGNORECASE):
-        convention = "sc21"
-    elif _is_llama(row):
-        convention = "megatron"
-    if tflops is None:
-        share = positive(row, "mfu_or_pct")
-        if share is None:
-            return None
-        tflops = share / (100 if share > 1 else 1) * cluster.gpu.peak_flops / 1e12
-    return seconds_from_tflops(work, tflops, convention)
-
-
-def _shape_of(row: Row) -> ModelShape:
-    """The shape that the columns give; the Llama family by its name."""
-    h = needed(row, "hidden")
-    if _is_llama(row):
-        for shape in _models().values():
-            if shape.gated and (shape.hidden_size, shape.num_layers) == (h, needed(row, "layers")):
-                return shape
-    return ModelShape(
-        hidden_size=h,
-        ffn_hidden_size=whole(row, "ffn") or 4 * h,
-        num_layers=needed(row, "layers"),
-        num_heads=_heads(row, []),
-        vocab_size=whole(row, "vocab") or 51_200,
-        gated=False,
-        tied=True,
-    )
+THREE_DIGITS: Final = 3
+"""Digits of a printed size from which it tells one layer more or less apart."""
 
 
 def bloom_run(row: Row) -> PublishedRun:
@@ -299,30 +99,33 @@ def _month_and_day(notes: str) -> tuple[int, int]:
 
 
 def _bloom_shape(row: Row, pipeline: int, assumed: list[str]) -> ModelShape:
-    """GPT with a tied table. The layers are those of the section's heading, but where the size says that a
-    row has others, they are a multiple of the pipeline."""
-    h = needed(row, "hidden")
+    """GPT with a tied table. The layers are those of the section's heading, but where a size of three digits
+    says that a row has others, or the pipeline does not divide them, they are a multiple of the pipeline."""
+    h, given = needed(row, "hidden"), whole(row, "layers")
     shape = ModelShape(
         hidden_size=h,
         ffn_hidden_size=4 * h,
-        num_layers=whole(row, "layers") or 1,
+        num_layers=given or 1,
         num_heads=_bloom_heads(row, h, assumed),
         vocab_size=BLOOM_VOCABULARY,
         gated=False,
         tied=True,
     )
-    size = number(row.get("size", ""))
-    if size is None:
-        if whole(row, "layers") is None:
+    printed = re.search(r"\d+(?:\.(\d+))?", row.get("size", ""))
+    if printed is None:
+        if given is None:
             raise RowError("layers and size are missing")
         return shape
-    close = abs(shape.parameters / (size * 1e9) - 1) <= SIZE_TOLERANCE
-    if close and whole(row, "layers") is not None:
-        return shape
+    size, unit = float(printed[0]), 10.0 ** -len(printed[1] or "")
+    if given is not None:
+        is_telling = len(printed[0].replace(".", "")) >= THREE_DIGITS or given % pipeline
+        if not is_telling or abs(shape.parameters / 1e9 - size) <= unit / 2:
+            return shape
     layers = (size * 1e9 - shape.table_parameters) / shape.layer_parameters
-    rounds = max(1, round(layers / pipeline))
-    assumed.append(f"{rounds * pipeline} layers, by the size")
-    return replace(shape, num_layers=rounds * pipeline)
+    rounded = max(1, round(layers / pipeline)) * pipeline
+    if rounded != given:
+        assumed.append(f"{rounded} layers, by the size")
+    return replace(shape, num_layers=rounded)
 
 
 def _bloom_heads(row: Row, hidden: int, assumed: list[str]) -> int:
@@ -355,39 +158,27 @@ def fsdp_run(row: Row) -> PublishedRun:
     text = " ".join((row.get("parallel", ""), row.get("notes", "")))
     if re.search(r"fp8|float8", text, re.IGNORECASE):
         raise RowError("fp8 is not modelled")
-    cluster = cluster_of(row)
-    shape = known_model(row["model"], positive(row, "params"))
+    cluster, assumed = cluster_of(row), list[str]()
+    size = positive(row, "params")
+    shape = known_model(row["model"], size)
     if shape is None:
         raise RowError(f"model {row['model']!r} is not in {MODELS}")
-    gpus = needed(row, "gpus")
-    t, p, c = (_sized(row["parallel"], name) or 1 for name in ("TP", "PP", "CP"))
-    if gpus % (t * p * c):
-        raise RowError(f"gpus = {gpus} is no multiple of tensor x pipeline x context = {t} x {p} x {c}")
-    data, micro, assumed = gpus // (t * p * c), needed(row, "mbs"), list[str]()
-    steps = whole(row, "gradaccum")
-    given = whole(row, "gbs") or micro * data * (steps or 1)
-    batch, note = fitted_batch(given, micro=micro, data=data)
-    is_titan = "titan" in row.get("source", "").lower()
-    work = Workload(
-        shape=shape,
-        seq_len=needed(row, "seq"),
-        micro_batch_size=micro,
-        global_batch=batch,
-        tensor=t,
-        pipeline=p,
-        context=c,
-        data=data,
-        zero_stage=1 if p > 1 else 3,
-        zero_engine="fsdp",
-        sequence_parallel=t > 1,
-        gradient_bytes=4 if is_titan else 2,
-        gradient_copy=False,
-        chunked_head=False,
-    )
-    work = _with_recompute(work, row["act_ckpt"], cluster, assumed)
+    if size is None and len(llama_named(row["model"])) > 1:
+        assumed.append("the oldest Llama of this size")
+    last: tuple[Workload, list[str]] | None = None
+    for micro in _micro_batches(row):
+        for kind in _recomputations(row):
+            last = _fsdp_workload(row, shape, micro, kind)
+            if is_possible(last[0], cluster):
+                break
+        else:
+            continue
+        break
+    assert last is not None
+    work, notes = last
     rate, seconds = positive(row, "tok_s_gpu"), None
     if rate is not None:
-        seconds = work.tokens_per_step / gpus / rate
+        seconds = work.tokens_per_step / work.gpus / rate
     elif (share := positive(row, "mfu")) is not None:
         seconds = seconds_from_tflops(work, share / 100 * cluster.gpu.peak_flops / 1e12, "llm-foundry")
     return PublishedRun(
@@ -399,74 +190,64 @@ def fsdp_run(row: Row) -> PublishedRun:
         measured_time=seconds,
         measured_memory=memory_of(row),
         out_of_memory=ran_out(row),
-        assumed=(*assumed, *note),
+        assumed=(*assumed, *notes),
     )
 
 
-def cluster_of(row: Row) -> Cluster:
-    """The preset that a GPU's and a network's description means.
-
-    Raises:
-        RowError: the GPU is none of the presets.
-    """
-    text = row["gpu"].upper().replace("AMPERE", "A100")
-    found = re.search(r"\b([AH]\d00)(?:\D+(\d{2,3})(?![\dW]))?", text)
-    presets = [name for name in gpu_names() if found and name.startswith(f"{found[1].lower()}-")]
-    if found is None or not presets:
-        raise RowError(f"GPU {row['gpu']!r} is none of the presets")
-    sizes = {int(name.split("-")[1].removesuffix("g")): name for name in presets}
-    wanted = int(found[2] or max(sizes))
-    nearest = min(sizes, key=lambda size: abs(size - wanted))
-    cluster = load_hardware(sizes[nearest])
-    gpu = replace(cluster.gpu, memory_bytes=cluster.gpu.memory_bytes * wanted / nearest)
-    watts = re.search(r"\b(\d+)\s*W\b", text)
-    if watts is not None:
-        # Large products run at the power limit (our assumption: their rate is proportional to it).
-        gpu = replace(gpu, peak_flops=gpu.peak_flops * min(1.0, float(watts[1]) / gpu.tdp_watts))
-    cluster = replace(cluster, gpu=gpu)
-    rate = re.search(r"([\d,]+)\s*Gbps\s*/\s*(node|gpu)", row.get("interconnect", ""), re.IGNORECASE)
-    if rate is None:
-        return cluster
-    factor = cluster.node.gpus if rate[2].lower() == "gpu" else 1
-    return with_nics(cluster, node_bandwidth=float(rate[1].replace(",", "")) * 1e9 / 8 * factor)
+def _fsdp_split(row: Row) -> tuple[int, int, int, int]:
+    """Tensor, pipeline, context and data ranks."""
+    gpus = needed(row, "gpus")
+    t, p, c = (_sized(row["parallel"], name) or 1 for name in ("TP", "PP", "CP"))
+    if gpus % (t * p * c):
+        raise RowError(f"gpus = {gpus} is no multiple of tensor x pipeline x context = {t} x {p} x {c}")
+    return t, p, c, gpus // (t * p * c)
 
 
-def known_model(name: str, parameters: float | None = None) -> ModelShape | None:
-    """A public model by its name, or by its name and parameters; None if it is not known."""
-    key = re.sub(r"[^a-z0-9.]", "", name.lower())
-    family = re.search(r"llama-?(\d)?(?:\.\d)?-?(\d+b)", key)
-    if family is not None:
-        return _models().get(f"llama-{family[1] or 3}-{family[2]}")
-    exact = {known.replace("-", ""): shape for known, shape in _models().items()}
-    found = exact.get(key) or exact.get(f"mpt{key}")
-    if found is not None or parameters is None:
-        return found
-    nearest = min(_models().values(), key=lambda shape: abs(shape.parameters - parameters))
-    return nearest if abs(nearest.parameters / parameters - 1) <= 2 * SIZE_TOLERANCE else None
+def _micro_batches(row: Row) -> list[int]:
+    """The micro-batch of the row, else all that its batch allows, from the largest down."""
+    given, batch = whole(row, "mbs"), whole(row, "gbs")
+    if given is not None:
+        return [given]
+    share = batch // _fsdp_split(row)[3] if batch else LARGEST_MICRO
+    return [micro for micro in range(min(share, LARGEST_MICRO), 1, -1) if share % micro == 0] + [1]
 
 
-@cache
-def _models() -> Mapping[str, ModelShape]:
-    text = resources.files(__package__).joinpath(MODELS).read_text(encoding="utf-8")
-    return {
-        row["name"]: ModelShape(
-            hidden_size=int(row["hidden"]),
-            ffn_hidden_size=int(row["ffn"]),
-            num_layers=int(row["layers"]),
-            num_heads=int(row["heads"]),
-            kv_heads=int(row["kv_heads"]),
-            vocab_size=int(row["vocab"]),
-            gated=row["gated"] == "1",
-            tied=row["tied"] == "1",
-        )
-        for row in csv.DictReader(text.splitlines())
-    }
+def _recomputations(row: Row) -> tuple[Recompute, ...]:
+    """What the row recomputed, else the least first."""
+    stated = recompute_of(row["act_ckpt"])
+    return ("none", "selective", "full") if stated is None else (stated,)
 
 
-def _named(text: str, name: str) -> int | None:
-    """The number after a name in a note: 96 of "model-parallel 96", 16 of "CP16"."""
-    found = re.search(rf"\b(?:{name})\s*[=:]?\s*(\d+)\b", text, re.IGNORECASE)
-    return int(found[1]) if found else None
+def _fsdp_workload(row: Row, shape: ModelShape, micro: int, kind: Recompute) -> tuple[Workload, list[str]]:
+    """The workload, and what of it the row does not say."""
+    t, p, c, data = _fsdp_split(row)
+    given = whole(row, "gbs") or micro * data * (whole(row, "gradaccum") or 1)
+    batch, note = fitted_batch(given, micro=micro, data=data)
+    if whole(row, "mbs") is None:
+        note.append(f"micro-batch {micro}")
+    if recompute_of(row["act_ckpt"]) is None:
+        note.append(f"recompute {kind}")
+    is_foundry = "foundry" in row.get("source", "").lower()
+    work = Workload(
+        shape=shape,
+        seq_len=needed(row, "seq"),
+        micro_batch_size=micro,
+        global_batch=batch,
+        tensor=t,
+        pipeline=p,
+        context=c,
+        data=data,
+        zero_stage=1 if p > 1 else 3,
+        zero_engine="fsdp",
+        recompute=kind,
+        attention="flash-1" if is_foundry else "fused",
+        sequence_parallel=t > 1,
+        gradient_bytes=2 if is_foundry else 4,
+        gradient_copy=False,
+        chunked_head=False,
+        fused_loss=is_foundry,
+    )
+    return work, note
 
 
 def _sized(text: str, name: str) -> int | None:

@@ -47,7 +47,7 @@ class Device:
     scalar_attention: float
     """Rate of products without tensor cores, relative to `flops`."""
     fused_attention: float
-    """Rate of fused attention, relative to `flops`."""
+    """Rate of the workload's fused attention, relative to `flops`."""
 
     @classmethod
     def of(cls, gpu: Gpu, workload: Workload, constants: Constants) -> Device:
@@ -61,7 +61,7 @@ class Device:
             width=workload.element_bytes,
             multiprocessors=gpu.multiprocessors,
             scalar_attention=constants.scalar_attention / share,
-            fused_attention=constants.fused_attention,
+            fused_attention=constants.fused_rate(workload.attention, gpu.architecture),
         )
 
     def product(self, m: float, n: float, k: float, *, batch: float = 1, rate: float = 1.0) -> float:
@@ -157,7 +157,7 @@ def _attention(work: Workload, device: Device) -> Passes:
     shape = work.shape
     heads = work.micro_batch_size * shape.num_heads / work.tensor
     rows, columns, width = work.seq_len / work.context, work.seq_len, shape.head_dim
-    if work.attention == "fused":
+    if work.attention != "unfused":
         flops = 4.0 * heads * rows * columns * width / 2  # the causal half
         forward = flops / (device.flops * device.fused_attention) + device.latency
         return Passes(forward, FUSED_BACKWARD * forward)

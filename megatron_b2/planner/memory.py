@@ -13,7 +13,7 @@ from typing import Final
 
 from megatron_b2.layouts.memory import peak_activations
 from megatron_b2.pipeline.schedule import build_schedule
-from megatron_b2.planner.constants import Constants, load_constants
+from megatron_b2.planner.constants import ALLOCATOR_DEVICE, Constants, load_constants
 from megatron_b2.planner.workload import StageSlice, Workload
 
 BUCKET: Final = 500_000_000
@@ -21,7 +21,8 @@ BUCKET: Final = 500_000_000
 SCORE_BYTES: Final = 5
 """Kept of a score by unfused attention: softmax output, dropout output and mask (Korthikanti, 5 a s^2 b)."""
 LOGIT_BYTES: Final = 10
-"""Of a logit at once: bf16, fp32 and the gradient in fp32 (Megatron-LM's vocabulary-parallel loss)."""
+"""Of a logit at once: bf16, fp32 and the gradient in fp32 (Megatron-LM's vocabulary-parallel loss). A fused
+loss keeps two of them: the logit and its gradient in bf16."""
 HEAD_CHUNK: Final = 64 * 2**20
 """Bytes of fp32 logits at once of a head that works in chunks (ours)."""
 
@@ -83,14 +84,14 @@ class MemoryPlan:
         return self.total * (1 + self.band) <= memory_bytes
 
 
-def predict_memory(workload: Workload, constants: Constants | None = None) -> MemoryPlan:
-    """Memory of each pipeline rank; `constants` default to the frozen ones."""
+def predict_memory(
+    workload: Workload, constants: Constants | None = None, *, memory_bytes: float = ALLOCATOR_DEVICE
+) -> MemoryPlan:
+    """Memory of each pipeline rank on a device of `memory_bytes`; `constants` default to the frozen ones."""
     constants = constants or load_constants()
     stages, p = workload.stages(), workload.pipeline
-    peaks = _peaks(workload, stages)
-    ranks = tuple(
-        _rank(workload, stages[rank::p], peaks[rank], constants.allocator_bytes) for rank in range(p)
-    )
+    peaks, allocator = _peaks(workload, stages), constants.allocator(workload.zero_engine, memory_bytes)
+    ranks = tuple(_rank(workload, stages[rank::p], peaks[rank], allocator) for rank in range(p))
     return MemoryPlan(ranks, constants.memory_band)
 
 
@@ -144,8 +145,9 @@ def block_activations(work: Workload, *, recompute: str | None = None) -> float:
         # The block's input, attention's output and the output of every second product.
         products = 3 * h + 2 * kv + (shape.mlp_matrices - 1) * f
         return work.local_tokens * width * (h / shards + (h + products / 2) / t)
-    # Inputs of both norms and of what follows them; dropout's masks.
-    rows = width * 4 * h / shards + (0 if shape.gated else 2 * h / shards)
+    # Inputs of both norms and of what follows them; dropout's masks, which no program with FSDP has.
+    has_masks = not shape.gated and work.zero_engine != "fsdp"
+    rows = width * 4 * h / shards + (2 * h / shards if has_masks else 0)
     # Queries, keys, values and attention's output; the MLP's products.
     split = width * (2 * h + 2 * kv + shape.mlp_matrices * f) / t
     if kind == "selective":
@@ -175,7 +177,8 @@ def _head(work: Workload) -> float:
     logits = work.local_tokens * work.shape.vocab_size / work.tensor
     if work.chunked_head:
         logits = min(logits, HEAD_CHUNK / 4)
-    return LOGIT_BYTES * logits + work.local_tokens * work.shape.hidden_size * work.element_bytes
+    each = 2 * work.element_bytes if work.fused_loss else LOGIT_BYTES
+    return each * logits + work.local_tokens * work.shape.hidden_size * work.element_bytes
 
 
 def _buckets(work: Workload, size: int, block: float) -> float:

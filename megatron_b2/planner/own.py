@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from megatron_b2.config.deepspeed_keys import zero_settings
 from megatron_b2.config.schema import RunConfig
@@ -26,17 +26,20 @@ from megatron_b2.layouts.traffic import Traffic, micro_batch_traffic
 from megatron_b2.layouts.zero_traffic import zero_traffic
 from megatron_b2.model.split import StageLayers
 from megatron_b2.parallel.layout import Layout
-from megatron_b2.pipeline.schedule import Schedule, ScheduleName, build_schedule
+from megatron_b2.pipeline.schedule import Schedule, ScheduleName
 from megatron_b2.planner.constants import Constants, load_constants
 from megatron_b2.planner.hardware import Cluster
 from megatron_b2.planner.kernels import Device, Passes, block_passes, head_passes
 from megatron_b2.planner.memory import MemoryPlan, RankBytes
 from megatron_b2.planner.network import Links, Ring
+from megatron_b2.planner.pipeline import schedule_of
 from megatron_b2.planner.step import StepTime, predict_step
 from megatron_b2.planner.workload import Workload
 
 
-def own_memory(config: RunConfig, *, gpus: int, constants: Constants | None = None) -> MemoryPlan:
+def own_memory(
+    config: RunConfig, cluster: Cluster, *, gpus: int, constants: Constants | None = None
+) -> MemoryPlan:
     """Bytes of each pipeline rank of one of our runs, by kind; `constants` default to the frozen ones."""
     constants = constants or load_constants()
     layout = Layout.of(config.parallel, world_size=gpus)
@@ -56,7 +59,7 @@ def own_memory(config: RunConfig, *, gpus: int, constants: Constants | None = No
                 working=min(working, blocks),
                 head=max(0, working - blocks),
                 communication=buckets,
-                allocator=constants.allocator_bytes,
+                allocator=constants.allocator("deepspeed", cluster.gpu.memory_bytes),
             )
         )
     return MemoryPlan(ranks=tuple(ranks), band=constants.memory_band)
@@ -237,9 +240,4 @@ def _orders(config: RunConfig, layout: Layout) -> Schedule:
     name: ScheduleName = parallel.schedule if parallel.pipeline > 1 else "1f1b"
     if name != "gpipe":  # it keeps all micro-batches; the others have begun backward after two rounds
         micro = min(micro, 2 * parallel.pipeline)
-    return _schedule(name, parallel.pipeline, micro, parallel.virtual_stages)
-
-
-@lru_cache(maxsize=256)
-def _schedule(name: ScheduleName, ranks: int, micro: int, chunks: int) -> Schedule:
-    return build_schedule(name, num_ranks=ranks, num_micro=micro, num_chunks=chunks)
+    return schedule_of(name, parallel.pipeline, micro, parallel.virtual_stages)

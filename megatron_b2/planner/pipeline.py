@@ -70,7 +70,7 @@ def makespan(
     chunks = len(stages) // num_ranks
 
     def run(micro: int) -> Timeline:
-        return simulate(_schedule(name, num_ranks, micro, chunks), times)
+        return simulate(schedule_of(name, num_ranks, micro, chunks), times)
 
     first = ROUNDS * num_ranks + num_micro % num_ranks
     if num_micro <= first + 2 * num_ranks or 2 * num_micro * len(stages) <= WHOLE:
@@ -90,6 +90,7 @@ def _busy(stages: tuple[tuple[float, float, float], ...]) -> float:
     return sum(sum(stage) for stage in stages)
 
 
-@lru_cache(maxsize=64)
-def _schedule(name: ScheduleName, num_ranks: int, num_micro: int, num_chunks: int) -> Schedule:
+@lru_cache(maxsize=256)
+def schedule_of(name: ScheduleName, num_ranks: int, num_micro: int, num_chunks: int) -> Schedule:
+    """Instructions of each pipeline rank, made once: layouts of a search share them."""
     return build_schedule(name, num_ranks=num_ranks, num_micro=num_micro, num_chunks=num_chunks)

@@ -17,7 +17,8 @@ from typing import Final
 from megatron_b2.errors import ConfigError
 from megatron_b2.files.atomic import atomic_file
 from megatron_b2.planner.constants import Constants, load_constants
-from megatron_b2.planner.forms import bloom_run, fsdp_run, megatron_run
+from megatron_b2.planner.forms import bloom_run, fsdp_run
+from megatron_b2.planner.megatron_rows import megatron_run
 from megatron_b2.planner.memory import MemoryPlan, predict_memory
 from megatron_b2.planner.rows import Form, PublishedRun, Row, RowError, ran_out, read_table, unswapped
 from megatron_b2.planner.step import StepTime, predict_step
@@ -33,7 +34,7 @@ READERS: Final[Mapping[Form, Callable[[Row], PublishedRun]]] = {
 ADDED: Final = (
     *("measured_time", "predicted_time", "predicted_time_low", "predicted_time_high"),
     *("measured_memory", "predicted_memory", "predicted_memory_low", "predicted_memory_high"),
-    *("fits", "layout", "regime", "assumed", "reason"),
+    *("fits", "out_of_memory", "layout", "regime", "assumed", "reason"),
 )
 """Columns of the output: seconds a step, GiB of the fullest device."""
 
@@ -107,9 +108,8 @@ def predict_run(run: PublishedRun, constants: Constants | None = None) -> Predic
     constants = constants or load_constants()
     if run.workload is None or run.cluster is None:
         return Prediction(run, None, None, run.reason)
-    return Prediction(
-        run, predict_step(run.workload, run.cluster, constants), predict_memory(run.workload, constants)
-    )
+    memory = predict_memory(run.workload, constants, memory_bytes=run.cluster.gpu.memory_bytes)
+    return Prediction(run, predict_step(run.workload, run.cluster, constants), memory)
 
 
 def evaluate_rows(path_in: Path, path_out: Path, constants: Constants | None = None) -> list[Prediction]:
@@ -143,6 +143,7 @@ def added_cells(prediction: Prediction) -> dict[str, str]:
     cells |= {
         "measured_time": _cell(run.measured_time),
         "measured_memory": _cell(run.measured_memory),
+        "out_of_memory": "yes" if run.out_of_memory else "no",
         "assumed": "; ".join(run.assumed),
         "reason": prediction.reason,
     }

@@ -22,9 +22,6 @@ STATE_BYTES: Final = 12
 RESTART_SECONDS: Final = 900.0
 """From a failure to training again (our choice: MegaScale's bounds are 10 minutes to find a fault and 15 to
 catch up, section 6 of arXiv 2402.15627; the work since the last checkpoint is counted apart)."""
-STORAGE_BYTES_PER_SECOND: Final = 2.3e12 / 40 / 48
-"""Write bandwidth of one node to the shared file system: BLOOM's 48 nodes wrote 2.3 TB in 40 s (SCALE.md 1.1,
-bigscience train/tr11-176B-ml)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +46,21 @@ LLAMA_3: Final = FailureRecord(
     gpus=16_384,
     days=54.0,
     interruptions=419,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageRate:
+    """How fast checkpoints are written."""
+
+    source: str
+    node_bytes_per_second: float
+    """Of one node to the shared file system, while all nodes write."""
+
+
+BLOOM_STORAGE: Final = StorageRate(
+    source="BLOOM: 48 nodes wrote 2.3 TB in 40 s (bigscience, train/tr11-176B-ml)",
+    node_bytes_per_second=2.3e12 / 40 / 48,
 )
 
 
@@ -93,8 +105,10 @@ def _check(stall: float, mtbf: float) -> None:
 class Reliability:
     """Failures and checkpoints of a run."""
 
-    source: str
+    failure_source: str
     """Of the failure rate."""
+    storage_source: str
+    """Of the rate at which checkpoints are written."""
     gpus: int
     mtbf_hours: float
     checkpoint_bytes: int
@@ -127,31 +141,32 @@ def plan_reliability(
     step_seconds: float,
     steps: int,
     record: FailureRecord = LLAMA_3,
-    storage: float = STORAGE_BYTES_PER_SECOND,
+    storage: StorageRate = BLOOM_STORAGE,
     restart: float = RESTART_SECONDS,
 ) -> Reliability:
     """Failures of a run of `steps` steps, and how often to save.
 
     Args:
-        model: its checkpoint is written by all nodes together, each at `storage` bytes a second.
+        model: its checkpoint is written by all nodes together.
         gpus: of the run.
         nodes: of the run.
         step_seconds: of one optimizer step.
         steps: of the whole run.
         record: where the failure rate comes from.
-        storage: bytes a second that one node writes.
+        storage: how fast one node writes.
         restart: seconds from a failure to training again.
     """
     mtbf = record.mtbf(gpus)
     size = checkpoint_bytes(model)
-    stall = size / (storage * nodes)
+    stall = size / (storage.node_bytes_per_second * nodes)
     young, daly = young_interval(stall, mtbf), daly_interval(stall, mtbf)
     interval = max(1, round(daly / step_seconds))
     waste = expected_waste(interval * step_seconds, stall=stall, mtbf=mtbf, restart=restart)
     work = steps * step_seconds
     wall = work / (1 - waste)
     return Reliability(
-        source=record.source,
+        failure_source=record.source,
+        storage_source=storage.source,
         gpus=gpus,
         mtbf_hours=mtbf / HOUR,
         checkpoint_bytes=size,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, floor
 from typing import Any, Final
 
 from megatron_b2.config.schema import RunConfig
+from megatron_b2.layouts.memory import GIB, RESERVED_SHARE
 from megatron_b2.layouts.report import Position
 from megatron_b2.planner.constants import Constants, load_constants
 from megatron_b2.planner.flops import Convention, flops_per_token, tflops_per_gpu, utilization
@@ -15,11 +16,12 @@ from megatron_b2.planner.hardware import Cluster, gpu_names
 from megatron_b2.planner.memory import MemoryPlan, RankBytes
 from megatron_b2.planner.own import own_memory, own_positions, own_step
 from megatron_b2.planner.reliability import (
+    BLOOM_STORAGE,
     DAY,
     LLAMA_3,
-    STORAGE_BYTES_PER_SECOND,
     FailureRecord,
     Reliability,
+    StorageRate,
     plan_reliability,
 )
 from megatron_b2.planner.search import Candidate, SearchResult
@@ -56,6 +58,8 @@ class Plan:
     positions: tuple[Position, ...]
     """What each pipeline rank holds and sends, as `b2 layout check` says."""
     time: StepTime
+    time_error: str
+    """Whose error the band of the time is."""
     rates: tuple[Rate, ...]
     tokens: float
     """Of the whole run."""
@@ -71,6 +75,14 @@ class Plan:
     def fits(self) -> bool:
         """Whether the upper end of the memory's band is within the device."""
         return self.memory.fits(self.cluster.gpu.memory_bytes)
+
+    @property
+    def auto_memory_gb(self) -> float:
+        """parallel.memory_gb (GiB) within which parallel.auto chooses what fits by this plan: auto leaves
+        RESERVED_SHARE free, a plan the allocator's bytes and the band; 0 where those fill the device."""
+        allocator = self.memory.ranks[0].allocator
+        free = self.cluster.gpu.memory_bytes / (1 + self.memory.band) - allocator
+        return max(0.0, floor(10 * free / (1 - RESERVED_SHARE) / GIB) / 10)
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,7 +112,7 @@ def make_plan(
     gpus: int,
     tokens: float | None = None,
     failures: FailureRecord = LLAMA_3,
-    storage: float = STORAGE_BYTES_PER_SECOND,
+    storage: StorageRate = BLOOM_STORAGE,
     constants: Constants | None = None,
 ) -> Plan:
     """Predict a run.
@@ -111,7 +123,7 @@ def make_plan(
         gpus: how many of their devices.
         tokens: of the whole run; those of train.steps unless given.
         failures: where the failure rate comes from.
-        storage: bytes/s that one node writes a checkpoint with.
+        storage: how fast one node writes a checkpoint.
         constants: of the model; the frozen ones unless given.
 
     Raises:
@@ -125,9 +137,10 @@ def make_plan(
         config=config,
         cluster=cluster,
         workload=workload,
-        memory=own_memory(config, gpus=gpus, constants=constants),
+        memory=own_memory(config, cluster, gpus=gpus, constants=constants),
         positions=own_positions(config, gpus=gpus),
         time=time,
+        time_error=_time_error(time, constants),
         rates=tuple(_rate(workload, cluster, time, convention) for convention in _conventions(workload)),
         tokens=total,
         reliability=plan_reliability(
@@ -139,8 +152,14 @@ def make_plan(
             record=failures,
             storage=storage,
         ),
-        notes=tuple(unvalidated(config, cluster)),
+        notes=tuple(unvalidated(config, workload, cluster)),
     )
+
+
+def _time_error(time: StepTime, constants: Constants) -> str:
+    if time.regime in constants.bands:
+        return f"error of nine in ten runs that the model was not fitted to, {time.regime}"
+    return f"no published run is like it ({time.regime}): the widest error of all kinds"
 
 
 def _conventions(workload: Workload) -> tuple[Convention, ...]:
@@ -157,7 +176,7 @@ def _rate(workload: Workload, cluster: Cluster, time: StepTime, convention: Conv
     )
 
 
-def unvalidated(config: RunConfig, cluster: Cluster) -> Iterator[str]:
+def unvalidated(config: RunConfig, workload: Workload, cluster: Cluster) -> Iterator[str]:
     """What no row of the published runs covers, or the time leaves out, one sentence each."""
     gpu, parallel = cluster.gpu.name, config.parallel
     if gpu.startswith(("a800", "h800")):
@@ -166,6 +185,12 @@ def unvalidated(config: RunConfig, cluster: Cluster) -> Iterator[str]:
         yield "H200: no published row used it; the H100's efficiency is assumed"
     elif gpu not in gpu_names():
         yield f"{gpu}: described by your own file; the efficiencies of published runs are assumed"
+    if cluster.gpu.architecture == "hopper":
+        yield "Hopper GPUs with this program: the published rows are of FSDP"
+    if workload.data_context > 1 and workload.zero_stage == 2:
+        yield "ZeRO-2: in no published row"
+    elif workload.data_context > 1 and workload.zero_stage == 1 and cluster.node.fabric != "omnipath":
+        yield "DeepSpeed's ZeRO-1 over InfiniBand: the published rows of it are BLOOM's, over Omni-Path"
     if parallel.context > 1:
         yield "context parallelism: formulas only"
     if parallel.schedule == "zero_bubble":
@@ -195,6 +220,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "high": plan.time.high,
             "band": plan.time.band,
             "regime": plan.time.regime,
+            "band_source": plan.time_error,
             "parts": {name: getattr(plan.time, name) for name in TIME_PARTS},
         },
         "tokens_per_second": plan.tokens_per_second,

@@ -1,7 +1,7 @@
 """Tables of published runs: their three forms, their cells, and what a row becomes.
 
-The forms are those of published/*.csv: Megatron-LM's papers, BLOOM's log and FSDP's tables. forms.py reads
-the rows of each, published.py whole files.
+The forms are those of published/*.csv: Megatron-LM's papers, BLOOM's log and FSDP's tables. megatron_rows.py
+and forms.py read the rows of each, published.py whole files.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
 from megatron_b2.errors import InputError
-from megatron_b2.planner.hardware import Cluster
-from megatron_b2.planner.workload import Workload
+from megatron_b2.planner.hardware import Cluster, gpu_names, load_hardware, with_nics
+from megatron_b2.planner.workload import Recompute, Workload
 
 Row = Mapping[str, str]
 Form = Literal["megatron", "bloom", "fsdp"]
@@ -137,6 +137,55 @@ def ran_out(row: Row) -> bool:
     """Whether a row says that memory was not enough; "too close to OOM" is a run that did fit."""
     text = " ".join(row.values())
     return re.search(r"(?<!close to )\bOOM\b|out of memory", text, re.IGNORECASE) is not None
+
+
+PRESET_SIZES: Final = r"(40|64|80|94|96|141)"
+"""Gigabytes that the GPUs of published rows have."""
+
+
+def cluster_of(row: Row) -> Cluster:
+    """The preset that a GPU's and a network's description means: A100-SXM4-40GB, 8xH100, H100-96(500W).
+
+    Raises:
+        RowError: the GPU is none of the presets.
+    """
+    text = row["gpu"].upper().replace("AMPERE", "A100")
+    found = re.search(r"(?<![A-WYZ])([AH]\d00)(?!\d)", text)
+    presets = [name for name in gpu_names() if found and name.startswith(f"{found[1].lower()}-")]
+    if found is None or not presets:
+        raise RowError(f"GPU {row['gpu']!r} is none of the presets")
+    if re.search(r"\bPCI-?E\b|\bNVL\b", text):
+        raise RowError(f"GPU {row['gpu']!r} is none of the presets, which are of SXM modules")
+    after = text[found.end() :]
+    patterns = (rf"(?<!\d){PRESET_SIZES}\s*G", rf"(?<!\d){PRESET_SIZES}(?![\dW])")
+    given = next((found for found in (re.search(pattern, after) for pattern in patterns) if found), None)
+    sizes = {int(name.split("-")[1].removesuffix("g")): name for name in presets}
+    wanted = int(given[1]) if given else max(sizes)
+    nearest = min(sizes, key=lambda size: abs(size - wanted))
+    cluster = load_hardware(sizes[nearest])
+    gpu = replace(cluster.gpu, memory_bytes=cluster.gpu.memory_bytes * wanted / nearest)
+    watts = re.search(r"\b(\d+)\s*W\b", text)
+    if watts is not None:
+        # Large products run at the power limit (our assumption: their rate is proportional to it).
+        gpu = replace(gpu, peak_flops=gpu.peak_flops * min(1.0, float(watts[1]) / gpu.tdp_watts))
+    cluster = replace(cluster, gpu=gpu)
+    rate = re.search(r"([\d,]+)\s*Gbps\s*/\s*(node|gpu)", row.get("interconnect", ""), re.IGNORECASE)
+    if rate is None:
+        return cluster
+    factor = cluster.node.gpus if rate[2].lower() == "gpu" else 1
+    return with_nics(cluster, node_bandwidth=float(rate[1].replace(",", "")) * 1e9 / 8 * factor)
+
+
+def recompute_of(cell: str) -> Recompute | None:
+    """full, sel, sel+SP, none, 1, 0, true, false; None for an empty cell or "unstated"."""
+    text = cell.strip().lower()
+    if text.startswith("sel") or text == "selective":
+        return "selective"
+    if text in ("full", "1", "true", "yes", "uniform", "block"):
+        return "full"
+    if text in ("none", "0", "false", "no", "off"):
+        return "none"
+    return None
 
 
 def fitted_batch(global_batch: int, *, micro: int, data: int, rounds: int = 1) -> tuple[int, list[str]]:

@@ -118,7 +118,7 @@ def search(
     legal = 0
     for option in legal_layouts(config, gpus=gpus, gpus_per_node=cluster.node.gpus, memory_bytes=budget):
         legal += 1
-        memory = own_memory(option, gpus=gpus, constants=constants)
+        memory = own_memory(option, cluster, gpus=gpus, constants=constants)
         if closest is None or memory.total < closest[0]:
             closest = (memory.total, option)
         if memory.fits(budget):

@@ -1,8 +1,8 @@
 """Time of a training step: predict_step(workload, cluster) -> StepTime.
 
 Blocks and the head cost what kernels.py says, collectives what network.py says, and the stages of the
-pipeline run in our own simulator (pipeline.py). Tensor-parallel collectives stand between the products and
-are not overlapped; gradients and gathers overlap as the workload says. docs/planner.md describes the model.
+pipeline run in our own simulator (pipeline.py). Tensor-parallel collectives stand between the products;
+they, gradients and gathers overlap as the workload says. docs/planner.md describes the model.
 """
 
 from __future__ import annotations
@@ -82,14 +82,26 @@ def predict_step(workload: Workload, cluster: Cluster, constants: Constants | No
 
 
 def regime_of(workload: Workload, cluster: Cluster) -> str:
-    """Which published runs are the nearest: their error is the prediction's."""
+    """Which published runs are the nearest: their error is the prediction's. Where none are near, what is
+    unlike all of them: then `Constants.band` has the widest error."""
+    if cluster.gpu.architecture == "measured":
+        return "own hardware"
+    if workload.precision == "fp32":
+        return "fp32"
+    if workload.context > 1:
+        return "context parallel"
+    if workload.schedule == "zero_bubble":
+        return "zero bubble"
+    if workload.zero_stage == 2:
+        return "zero-2"
+    kind = f"zero-3 {workload.zero_engine}" if workload.zero_stage == 3 else "model parallel"
     if cluster.gpu.architecture == "hopper":
-        return "hopper"
+        return "hopper" if kind == "zero-3 fsdp" else f"hopper, {kind}"
     if workload.zero_stage == 3:
-        return f"zero-3 {workload.zero_engine}"
+        return kind
     if workload.gpus > cluster.node.gpus and cluster.node.fabric == "omnipath":
         return "omnipath"
-    return "model parallel"
+    return kind
 
 
 class _Step:
@@ -159,19 +171,26 @@ class _Step:
             passes = passes.plus(head_passes(self.work, self.device))
         return passes
 
+    def tensor_sum(self) -> float:
+        """Seconds of one tensor-parallel sum of activations."""
+        work = self.work
+        message = work.local_tokens * work.shape.hidden_size * work.element_bytes
+        return self.links.tensor(work).all_reduce(message)
+
     def block_collectives(self) -> Passes:
         """Tensor-parallel sums of a block: two in forward, two in backward, and again where all of the block
         is computed again. Sequence parallelism sends as much, in two halves."""
-        work = self.work
-        message = work.local_tokens * work.shape.hidden_size * work.element_bytes
-        both = 2 * self.links.tensor(work).all_reduce(message)
-        return Passes(both, both, both if work.recompute == "full" else 0.0)
+        both, block = 2 * self.tensor_sum(), self.block
+        again = both if self.work.recompute == "full" else 0.0
+        if not self.work.overlap_tensor:
+            return Passes(both, both, again)
+        beside = ((both, block.forward), (both, block.backward), (again, block.again))
+        return Passes(*(self.exposed(sent, work) for sent, work in beside))
 
     def collectives(self, stage: StageSlice) -> Passes:
         """Tensor-parallel sums of a virtual stage: those of blocks, of the embedding, and of the gradient of
         the head's input."""
-        one = self.block_sent.forward / 2
-        sent = self.block_sent.times(stage.layers)
+        one, sent = self.tensor_sum(), self.block_sent.times(stage.layers)
         return sent.plus(Passes(one * stage.has_embedding, one * stage.has_head))
 
     def context_exchange(self) -> Passes:

@@ -26,6 +26,11 @@ weights after the step; Megatron-LM's distributed optimizer scatters the sums an
 forward. ZeRO-3's parameters are gathered by DeepSpeed, or by PyTorch's FSDP: their bandwidths differ."""
 
 
+Attention = Literal["fused", "flash-1", "unfused"]
+"""Fused (flash) attention; the first FlashAttention of 2022 and 2023, which was much slower; or scores [s, s]
+of every head written to memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes of a decoder-only transformer."""
@@ -171,8 +176,8 @@ class Workload:
     """Order of the micro-batches in the pipeline."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of weights and activations; "bf16" also stands for fp16. The optimizer is fp32 with master weights."""
-    attention: Literal["fused", "unfused"] = "fused"
-    """Fused (flash) attention, or scores [s, s] of every head written to memory."""
+    attention: Attention = "fused"
+    """How the scores are computed."""
     gradient_bytes: Literal[2, 4] = 4
     """Width of the accumulated gradients, which is also the width in which they are reduced."""
     gradient_copy: bool = True
@@ -180,10 +185,15 @@ class Workload:
     Megatron-LM in 2021); beside fp32 sums a rank then keeps bf16 ones. False: products add to the sum."""
     overlap_data: bool = True
     """Gradients are reduced, and parameters gathered, beside backward and forward passes."""
+    overlap_tensor: bool = False
+    """Tensor-parallel sums run beside the products before and after them, piece by piece (Megatron-Core's
+    --tp-comm-overlap)."""
     zero_engine: ZeroEngine = "deepspeed"
     """Who shards and reduces."""
     chunked_head: bool = True
     """The head makes few logits at once. False: all logits of a micro-batch (Megatron-LM)."""
+    fused_loss: bool = False
+    """Logits and their gradient stay in the width of activations. False: fp32 copies of both."""
     balanced_stages: bool = True
     """Stages are cut with the embedding and the head counted, as our pipeline does. False: the same number of
     blocks in every stage where that is possible (Megatron-LM)."""

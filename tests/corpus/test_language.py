@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megatron_b2.corpus.language import detect_language
@@ -40,3 +44,25 @@ def test_chinese_with_many_latin_names() -> None:
 )
 def test_undetermined(text: str) -> None:
     assert detect_language(text) == "und"
+
+
+def test_the_answer_does_not_depend_on_the_seed_of_hashes() -> None:
+    """Languages that share words get sums of thirds and quarters, which must not depend on their order."""
+    program = """
+import random
+from megatron_b2.corpus.language import _STOP_WORDS, detect_language
+chance = random.Random(0)
+words = sorted(_STOP_WORDS["ca"] | _STOP_WORDS["fr"] | _STOP_WORDS["es"])
+print([detect_language(" ".join(chance.choices(words, k=40))) for _ in range(2000)])
+"""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(found) == 1

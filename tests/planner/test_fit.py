@@ -6,7 +6,9 @@ The bars are those of issue 6. Every row is one that others measured and publish
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import resources
 from math import ceil
 
@@ -15,6 +17,7 @@ import pytest
 from megatron_b2.errors import ConfigError
 from megatron_b2.planner.constants import FITTED, constants_from, load_constants, load_errors
 from megatron_b2.planner.fit import BOUNDS, Judged, bands, choices, error_rows, fit_constants, judge
+from megatron_b2.planner.step import StepTime
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +60,38 @@ def test_time_of_table_2(judged: list[Judged]) -> None:
 
 
 def test_time_of_the_other_anchors(judged: list[Judged]) -> None:
-    """Korthikanti's table 5 is held out: 22B to 1T, selective and full recomputation."""
-    assert mape(time_errors(judged, "Korthikanti-T5")) <= 0.08
+    """Korthikanti's table 5 (22B to 1T, selective and full recomputation) and Megatron-LM's rows of MegaScale's
+    table 2 (256 to 12,288 GPUs) are held out. Calculon is 7.6 % off on the latter."""
+    for source in ("Korthikanti-T5", "MegaScale-Megatron"):
+        rows = [item for item in judged if item.prediction.run.source == source]
+        assert (len(rows), {item.fitted_time for item in rows}) == (8, {""})
+        assert mape(time_errors(judged, source)) <= 0.076
 
 
 def test_time_of_fsdp(judged: list[Judged]) -> None:
-    held_out = [item for item in of(judged, "fsdp") if not item.fitted_time]
-    assert len(held_out) == 16
-    assert mape(item.prediction.time_error for item in held_out) <= 0.08
+    held_out = [item for item in judged if item.table.startswith("fsdp") and not item.fitted_time]
+    assert len(held_out) == 82
+    assert mape(item.prediction.time_error for item in held_out) <= 0.06
+
+
+@pytest.mark.parametrize("architecture", ["ampere", "hopper"])
+def test_time_of_long_sequences(judged: list[Judged], architecture: str) -> None:
+    """llm-foundry from 8,192 tokens a sample on: one row of each architecture gave the rate of the first
+    FlashAttention; the others are held out. Nine in ten are within the band that is printed."""
+    errors, inside = [], 0
+    for item in judged:
+        run, time = item.prediction.run, item.prediction.time
+        if run.source != "llm-foundry" or run.cluster is None or run.workload is None or time is None:
+            continue
+        if run.cluster.gpu.architecture != architecture or run.workload.seq_len <= 4096:
+            continue
+        assert run.workload.attention == "flash-1"
+        if not item.fitted_time:
+            errors.append(item.prediction.time_error)
+            inside += time.low <= (run.measured_time or 0) <= time.high
+    assert len(errors) >= 10
+    assert mape(errors) <= 0.08
+    assert inside >= 0.8 * len(errors)
 
 
 def test_time_of_bloom(judged: list[Judged]) -> None:
@@ -89,6 +116,25 @@ def test_out_of_memory_never_fits(judged: list[Judged]) -> None:
     assert [item.prediction.fits for item in out] == [False] * 3
 
 
+REFUSED = {"SC21-T1": 1, "SC21-T2-ZeRO3": 2, "BLOOM": 2, "llm-foundry": 14}
+"""Rows that ran, and whose upper end of the band is over the device: each of them is within 10 % of it, but 530B
+with ZeRO-3 on 640 GPUs, whose four sequences a GPU nobody explains."""
+
+
+def test_most_rows_that_ran_fit(judged: list[Judged]) -> None:
+    ran = [item.prediction for item in judged if item.prediction.run.measured_time]
+    refused = [prediction for prediction in ran if not prediction.fits]
+    assert len(ran) == 210
+    assert Counter(prediction.run.source for prediction in refused) == REFUSED
+    far = []
+    for prediction in refused:
+        assert prediction.memory is not None
+        assert prediction.run.cluster is not None
+        if prediction.memory.total > 1.01 * prediction.run.cluster.gpu.memory_bytes:
+            far.append(prediction.run.cells["gpus"])
+    assert far == ["640"]
+
+
 @pytest.mark.parametrize(
     "columns",
     [
@@ -106,13 +152,21 @@ def test_choice_in_each_bloom_group(judged: list[Judged], columns: tuple[str, ..
         assert choice.regret <= 0.05, choice.group
 
 
-def test_choice_is_by_the_prediction(judged: list[Judged]) -> None:
-    """A model that ranks by layers, say, would choose badly: the bar above can fail."""
-    (group,) = (c for c in choices(judged, ("section",)) if c.group == ("Another round of NHEADS",))
-    assert group.rows == 17
-    assert group.best == 103.51
-    slow = [item for item in judged if item.prediction.run.cells.get("line") == "833"]
-    assert slow[0].prediction.run.measured_time == pytest.approx(1.424 * group.best, rel=1e-3)
+def test_a_bad_model_would_choose_badly(judged: list[Judged]) -> None:
+    """The bar above can fail: the same rows ranked from the slowest on are up to 40 % off."""
+    turned = [
+        replace(item, prediction=replace(item.prediction, time=turned_time(item.prediction.time)))
+        for item in judged
+    ]
+    assert max(choice.regret for choice in choices(turned, ("section",))) > 0.4
+
+
+def turned_time(time: StepTime | None) -> StepTime | None:
+    """A step that is the shorter, the longer `time` is."""
+    if time is None:
+        return None
+    parts = dict.fromkeys(("tensor", "context", "pipeline", "data", "bubble", "optimizer"), 0.0)
+    return replace(time, compute=1 / time.total, **parts)
 
 
 def test_bands_hold_nine_in_ten_held_out_rows(judged: list[Judged]) -> None:

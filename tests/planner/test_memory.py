@@ -121,6 +121,26 @@ def test_worst_rank_and_head() -> None:
     assert {rank.allocator for rank in plan.ranks} == {CONSTANTS.allocator_bytes}
 
 
+def test_fused_loss_keeps_two_widths_of_a_logit() -> None:
+    """Logit and gradient in bf16 (4 bytes), not bf16 and twice fp32 (10 bytes)."""
+    plain, fused = (predict_memory(replace(WORK, fused_loss=on), CONSTANTS).ranks[-1] for on in (False, True))
+    assert plain.head - fused.head == pytest.approx(6 * S * 51_200 / 8)
+
+
+def test_programs_with_fsdp_have_no_dropout_masks() -> None:
+    work = replace(WORK, zero_engine="fsdp", attention="flash-1")
+    assert block_activations(replace(work, zero_engine="megatron")) - block_activations(work) == 2 * S * H
+
+
+def test_a_smaller_device_holds_less_back() -> None:
+    """In proportion up to 80 GB; FSDP has its own constant."""
+    whole = predict_memory(WORK, CONSTANTS).ranks[0].allocator
+    assert predict_memory(WORK, CONSTANTS, memory_bytes=42.45e9).ranks[0].allocator == whole / 2
+    assert predict_memory(WORK, CONSTANTS, memory_bytes=150e9).ranks[0].allocator == whole
+    fsdp = predict_memory(replace(WORK, zero_engine="fsdp"), CONSTANTS)
+    assert fsdp.ranks[0].allocator == CONSTANTS.fsdp_allocator_bytes < whole
+
+
 def test_fits_is_on_the_safe_side() -> None:
     plan = predict_memory(WORK, CONSTANTS)
     assert not plan.fits(plan.total)

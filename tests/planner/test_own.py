@@ -66,11 +66,18 @@ def test_positions_are_those_of_the_layout_check(settings: tuple[str, ...]) -> N
 def test_kinds_of_memory_add_up_to_the_layout_check(settings: tuple[str, ...]) -> None:
     config, constants = config_13b(*settings), load_constants()
     report = layout_report(config, world_size=WORLD)
-    plan = own_memory(config, gpus=WORLD)
+    plan = own_memory(config, cluster(), gpus=WORLD)
     for rank, position in zip(plan.ranks, report.positions, strict=True):
         assert rank.total == pytest.approx(position.memory.total + constants.allocator_bytes, rel=1e-12)
         assert min(vars(rank).values()) >= 0
     assert all(rank.head == 0 for rank in plan.ranks[:-1])  # only the last one has logits
+
+
+def test_a_smaller_device_holds_back_less() -> None:
+    config = config_13b("--parallel.tensor=8")
+    large, half = (own_memory(config, load_hardware(gpu), gpus=8) for gpu in ("a100-80g", "a100-40g"))
+    assert half.total < large.total
+    assert half.total - half.ranks[0].allocator == large.total - large.ranks[0].allocator
 
 
 @pytest.mark.parametrize("settings", LAYOUTS.values(), ids=LAYOUTS)

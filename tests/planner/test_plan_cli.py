@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from megatron_b2.cli.main import main
 from megatron_b2.config import load_config
+from megatron_b2.planner.fit import all_runs
 from megatron_b2.planner.flops import tflops_per_gpu
 from megatron_b2.planner.hardware import load_hardware
 from megatron_b2.planner.report import make_plan
@@ -85,6 +87,9 @@ def test_conventions_are_those_of_the_training_loop() -> None:
     [
         ("a800-80g", (), "NVLink of a800-80g"),
         ("h200-141g", (), "H200: no published row"),
+        ("h100-80g", (), "Hopper GPUs with this program"),
+        ("a100-80g", ("--parallel.zero-stage=1",), "DeepSpeed's ZeRO-1 over InfiniBand"),
+        ("a100-80g", ("--parallel.zero-stage=2",), "ZeRO-2: in no published row"),
         ("a100-80g", ("--parallel.context=2",), "context parallelism"),
         (
             "a100-80g",
@@ -97,11 +102,56 @@ def test_conventions_are_those_of_the_training_loop() -> None:
     ],
 )
 def test_what_nothing_validates_is_said(gpu: str, settings: tuple[str, ...], note: str) -> None:
-    config = load_config(SMALL[0], (*SMALL[1:], *settings)).config
-    *notes, last = make_plan(config, load_hardware(gpu), gpus=16).notes
-    assert len(notes) == 1
-    assert notes[0].startswith(note) or note in notes[0]
+    base = (*SMALL[1:], "--parallel.zero-stage=3")
+    *known, last = make_plan(load_config(SMALL[0], base).config, load_hardware("a100-80g"), gpus=16).notes
+    assert known == []
     assert "this project's own code" in last
+    notes = make_plan(load_config(SMALL[0], (*base, *settings)).config, load_hardware(gpu), gpus=16).notes
+    assert any(note in item for item in notes)
+
+
+def test_what_is_said_of_published_rows_is_so() -> None:
+    """The notes speak of rows that are not there."""
+    runs = [(run.workload, run.cluster) for _, run in all_runs()]
+    known = [(work, cluster) for work, cluster in runs if work is not None and cluster is not None]
+    assert len(known) > 100
+    for work, cluster in known:
+        assert work.zero_stage != 2
+        assert work.context == 1
+        assert work.schedule != "zero_bubble"
+        assert work.precision == "bf16"
+        assert cluster.gpu.name in ("a100-40g", "a100-80g", "h100-80g")
+        if work.zero_stage == 1 and work.zero_engine == "deepspeed":
+            assert cluster.node.fabric == "omnipath"
+        if cluster.gpu.architecture == "hopper":
+            assert (work.zero_stage, work.zero_engine) == (3, "fsdp")
+
+
+def test_whose_error_stands_beside_the_time_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(*extra: str) -> str:
+        text = output(capsys, *SMALL, *HERE, *extra)
+        return next(line for line in text.splitlines() if line.startswith("step time"))
+
+    assert "error of nine in ten runs that the model was not fitted to, zero-3 deepspeed" in line(
+        "--parallel.zero-stage=3"
+    )
+    assert "no published run is like it (zero-2): the widest error of all kinds" in line(
+        "--parallel.zero-stage=2"
+    )
+
+
+@pytest.mark.parametrize(("gpu", "nodes"), [("a100-40g", 8), ("a800-80g", 2), ("h200-141g", 8)])
+def test_what_auto_chooses_within_the_memory_that_a_plan_names_fits(
+    capsys: pytest.CaptureFixture[str], gpu: str, nodes: int
+) -> None:
+    """parallel.auto leaves less of a device free than a plan does; the plan says how much it may fill."""
+    here = ("preset:baichuan2-13b", "--gpu", gpu, "--nodes", str(nodes), "--parallel.auto")
+    memory = load_hardware(gpu).gpu.memory_bytes / 2**30
+    refused = output(capsys, *here, f"--parallel.memory-gb={memory:.1f}")
+    found = re.search(r"does NOT fit.*\n.*parallel.auto with parallel.memory_gb = ([\d.]+)", refused)
+    assert found is not None
+    text = output(capsys, *here, f"--parallel.memory-gb={found[1]}")
+    assert "fits: the fullest rank" in text
 
 
 def test_own_failures_network_and_storage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +165,17 @@ def test_own_failures_network_and_storage(capsys: pytest.CaptureFixture[str]) ->
     own = values("--mtbf", "12", "--storage", "0.5")
     assert own["mtbf_hours"] == pytest.approx(12)
     assert own["stall_seconds"] == pytest.approx(plain["checkpoint_bytes"] / 1e9)
+
+
+def test_the_storage_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(*extra: str) -> str:
+        text = output(capsys, *SMALL, *HERE, *extra)
+        return next(line for line in text.splitlines() if line.startswith("checkpoint "))
+
+    assert "BLOOM: 48 nodes wrote 2.3 TB in 40 s" in line()
+    slow = line("--storage", "0.01")
+    assert "BLOOM" not in slow
+    assert "(--storage: 0.01 GB/s a node)" in slow
 
 
 def test_search_writes_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -148,6 +209,24 @@ def test_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert float(row["predicted_time"]) == pytest.approx(float(row["measured_time"]), rel=0.2)
 
 
+def test_rows_that_ran_out_of_memory_say_so_beside_fits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    source, target = tmp_path / "runs.csv", tmp_path / "predictions.csv"
+    source.write_text(
+        "line,section,size,nodes,dp,tp,pp,mbs,gbs,mem,sec_it,tflops,nheads,hidden,layers,zs,notes\n"
+        "1,Log,181B,48,48,8,1,1,2016,OOM,,,64,14336,72,1,02-25\n"
+        "2,Log,181B,48,6,8,8,4,2016,52GB,113.16,140.24,64,14336,72,1,02-25\n"
+        "3,Log,181B,48,x,8,8,4,,OOM,,,64,14336,72,1,02-25\n"
+    )
+    output(capsys, "--rows", str(source), "--out", str(target))
+    rows = list(csv.DictReader(target.open()))
+    assert [row["out_of_memory"] for row in rows] == ["yes", "no", "yes"]
+    assert [row["fits"] for row in rows] == ["no", "yes", ""]
+    names = list(rows[0])
+    assert names.index("out_of_memory") == names.index("fits") + 1
+
+
 def test_hardware_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "hardware")
     for name in ("a100-40g", "a800-80g", "h800-80g", "h200-141g", "hdr200x8"):
@@ -163,6 +242,7 @@ def test_calibrate_writes_what_plan_reads(capsys: pytest.CaptureFixture[str], tm
     assert load_hardware(str(path)).gpu.name == "mine.2"
     planned = output(capsys, "preset:toy", "--gpu", str(path), "--nodes", "1")
     assert "described by your own file" in planned
+    assert "no published run is like it (own hardware)" in planned
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megatron_b2.planner.published import (
     read_row,
     read_runs,
 )
-from megatron_b2.planner.rows import PublishedRun
+from megatron_b2.planner.rows import PublishedRun, RowError, cluster_of
 
 MEGATRON = (
     "source,gpu,model,hidden,layers,heads,vocab,seq,tp,pp,vpp,dp,gpus,mbs,gbs,recompute,seqpar,"
@@ -44,10 +44,11 @@ def one(tmp_path: Path, header: str, row: str) -> PublishedRun:
 def test_every_published_row_is_read() -> None:
     for name, count in (
         ("megatron", 22),
-        ("megatron_more", 7),
+        ("megatron_more", 16),
         ("bloom", 76),
         ("bloom_more", 22),
         ("fsdp", 17),
+        ("fsdp_more", 68),
     ):
         runs = published_runs(name)
         assert len(runs) == count
@@ -82,6 +83,7 @@ def test_missing_fields_of_megatron_rows(tmp_path: Path) -> None:
         "micro-batch 1",
         "recompute selective",
     )
+    assert not work.overlap_tensor
     assert run.measured_time == pytest.approx(40.0, rel=0.01)  # as the paper prints it
 
 
@@ -145,6 +147,28 @@ def test_swapped_columns_and_impossible_cells(tmp_path: Path) -> None:
     assert runs[6].measured_memory == 76
 
 
+@pytest.mark.parametrize(
+    ("size", "layers", "pipeline", "hidden", "read"),
+    [
+        ("13B", 40, 2, 5120, 40),  # two digits: the heading is right
+        ("1.3B", 24, 1, 2048, 24),
+        ("13B", 39, 2, 5120, 38),  # no multiple of the pipeline
+        ("200B", 80, 12, 14_400, 84),
+        ("176B", 70, 10, 14_336, 70),
+        ("181B", 70, 12, 14_336, 72),  # three digits, and 176.3B is not 181B
+        ("", 40, 2, 5120, 40),
+    ],
+)
+def test_layers_of_a_heading_and_of_a_size(
+    tmp_path: Path, size: str, layers: int, pipeline: int, hidden: int, read: int
+) -> None:
+    row = f"1,x,{size},,8,1,{pipeline},1,512,,10,,{hidden // 64},{hidden},{layers},1,02-25"
+    run = one(tmp_path, BLOOM, row)
+    assert run.workload is not None, run.reason
+    assert run.workload.shape.num_layers == read
+    assert any("layers, by the size" in note for note in run.assumed) == (read != layers)
+
+
 def test_gradients_of_bloom_by_date(tmp_path: Path) -> None:
     row = "947,x,176B,48,8,4,12,2,2048,59GB,102.03,153.68,64,14336,70,1,{}"
     early, late = (one(tmp_path, BLOOM, row.format(date)) for date in ("02-27", "02-28"))
@@ -178,6 +202,64 @@ def test_fsdp_rows(tmp_path: Path) -> None:
     assert runs[3].reason == "model 'nemo-9b' is not in published/models.csv"
 
 
+def test_fsdp_rows_that_are_silent(tmp_path: Path) -> None:
+    """No micro-batch: the largest that fits, with the least recomputation."""
+    runs = read(
+        tmp_path,
+        FSDP,
+        "x,A100-80,,LLaMA-65B,,2048,2048,,,2048,,380,,,FSDP,",
+        "x,A100-80,,Llama-2-7B,,128,4096,,,,1,3000,,,FSDP,",
+        "x,A100-80,,Llama-70B,,128,4096,1,,,1,3000,,,FSDP,",
+    )
+    works = [run.workload for run in runs]
+    assert [work and work.micro_batch_size for work in works] == [1, 16, 1]
+    assert [work and work.recompute for work in works] == ["none", "full", "full"]
+    assert runs[0].assumed == ("micro-batch 1", "recompute none")
+    assert runs[1].assumed == ("micro-batch 16",)
+    assert runs[2].assumed == ("the oldest Llama of this size",)
+
+
+def test_programs_of_fsdp_rows() -> None:
+    """llm-foundry of 2023: the first FlashAttention, a fused loss, bf16 gradients."""
+    for run in (*published_runs("fsdp"), *published_runs("fsdp_more")):
+        work = run.workload
+        assert work is not None
+        program = (work.attention, work.fused_loss, work.gradient_bytes)
+        assert program == (("flash-1", True, 2) if run.source == "llm-foundry" else ("fused", False, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "gib"),
+    [
+        ("A100-SXM4-40GB", "a100-40g", 40),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g", 80),
+        ("8xA100-40GB", "a100-40g", 40),
+        ("A100 (80 GB)", "a100-80g", 80),
+        ("A100-40", "a100-40g", 40),
+        ("a100_40gb", "a100-40g", 40),
+        ("Ampere", "a100-80g", 80),
+        ("A800-SXM4-80GB", "a800-80g", 80),
+        ("NVIDIA H100 80GB HBM3", "h100-80g", 80),
+        ("H100-96(500W)", "h100-80g", 96),
+        ("H100-SXM5", "h100-80g", 80),
+        ("H100 SXM 700W", "h100-80g", 80),
+        ("H200 141GB", "h200-141g", 141),
+        *[
+            (text, "", 0)
+            for text in ("H100 PCIe", "A100-PCIE-40GB", "H100 NVL", "GH200", "H20", "V100-32", "")
+        ],
+    ],
+)
+def test_names_of_gpus(text: str, name: str, gib: int) -> None:
+    if not name:
+        with pytest.raises(RowError, match="is none of the presets"):
+            cluster_of({"gpu": text})
+        return
+    gpu = cluster_of({"gpu": text}).gpu
+    assert gpu.name == name
+    assert gpu.memory_bytes / 2**30 == pytest.approx(gib, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -191,13 +273,14 @@ def test_fsdp_rows(tmp_path: Path) -> None:
             "tp = '1.5' is no positive whole number",
         ),
         ("a,A100,x,1000,8,7,51200,2048,1,1,1,8,8,1,8,full,0,30,,,", "hidden_size = 1000 is no multiple of"),
-        ("", "hidden is missing"),
+        ("a,A100,,,,,,,,,,,,,,,,,,,", "hidden is missing"),
+        ("a,,x,1024,8,8,51200,2048,1,1,1,8,8,1,8,full,0,30,,,", "GPU '' is none of the presets"),
     ],
 )
 def test_rows_that_cannot_be_evaluated(tmp_path: Path, row: str, reason: str) -> None:
-    run = one(tmp_path, MEGATRON, row or "a,A100,,,,,,,,,,,,,,,,,,,")
+    run = one(tmp_path, MEGATRON, row)
     assert run.workload is None
-    assert reason in run.reason or run.reason.endswith("is missing")
+    assert run.reason.startswith(reason)
 
 
 CELLS = (

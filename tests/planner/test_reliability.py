@@ -15,8 +15,10 @@ from megatron_b2.config import load_config
 from megatron_b2.engine.build import build_engine
 from megatron_b2.parallel.comm import SingleComm
 from megatron_b2.planner.reliability import (
+    BLOOM_STORAGE,
     HOUR,
     LLAMA_3,
+    StorageRate,
     checkpoint_bytes,
     daly_interval,
     expected_waste,
@@ -84,7 +86,8 @@ def test_checkpoint_bytes_are_those_of_the_state_that_is_saved() -> None:
 
 def test_a_plan_adds_up() -> None:
     model = load_config("preset:baichuan2-13b").config.model
-    plan = plan_reliability(model, gpus=1_024, nodes=128, step_seconds=2.0, steps=600_000, storage=1e9)
+    storage = StorageRate(source="a test", node_bytes_per_second=1e9)
+    plan = plan_reliability(model, gpus=1_024, nodes=128, step_seconds=2.0, steps=600_000, storage=storage)
     assert plan.checkpoint_bytes == 12 * 13_896_668_160
     assert plan.stall_seconds == pytest.approx(12 * 13.896668160 / 128)
     assert plan.interval_steps == pytest.approx(plan.daly_hours * HOUR / 2, abs=0.5)
@@ -92,6 +95,16 @@ def test_a_plan_adds_up() -> None:
     assert plan.lost_days == pytest.approx(days * plan.waste / (1 - plan.waste))
     assert plan.failures == pytest.approx((days + plan.lost_days) * 24 / plan.mtbf_hours)
     assert plan.waste > plan.waste_first_order  # restarts come to it
+
+
+def test_sources_are_those_of_the_rates() -> None:
+    model = load_config("preset:toy").config.model
+    size = {"gpus": 8, "nodes": 1, "step_seconds": 1.0, "steps": 10}
+    plan = plan_reliability(model, **size)  # type: ignore[arg-type]
+    assert (plan.failure_source, plan.storage_source) == (LLAMA_3.source, BLOOM_STORAGE.source)
+    assert BLOOM_STORAGE.node_bytes_per_second == pytest.approx(2.3e12 / (40 * 48))
+    own = StorageRate(source="one disk", node_bytes_per_second=5e8)
+    assert plan_reliability(model, storage=own, **size).storage_source == "one disk"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("stall", "mtbf"), [(0.0, 1.0), (1.0, -1.0)])

@@ -98,7 +98,7 @@ def test_the_front_is_that_of_all_layouts(found: SearchResult) -> None:
         config = replace(
             config, parallel=replace(config.parallel, memory_gb=found.best.config.parallel.memory_gb)
         )
-        memory = own_memory(config, gpus=GPUS)
+        memory = own_memory(config, cluster(), gpus=GPUS)
         if memory.fits(budget):
             points.append((own_step(config, cluster(), gpus=GPUS).total, budget - memory.total))
     front = [
@@ -207,7 +207,7 @@ def fastest(gpus: int, stages: tuple[int, ...], tensors: tuple[int, ...]) -> flo
         if option.parallel.pipeline * option.parallel.context == 1
         and option.parallel.zero_stage in stages
         and option.parallel.tensor in tensors
-        and own_memory(option, gpus=gpus).fits(here.gpu.memory_bytes)
+        and own_memory(option, here, gpus=gpus).fits(here.gpu.memory_bytes)
     ]
     return min(times)
 

@@ -11,7 +11,7 @@ from megatron_b2.planner.flops import tflops_per_gpu
 from megatron_b2.planner.hardware import load_hardware
 from megatron_b2.planner.kernels import Device, block_passes, optimizer_seconds
 from megatron_b2.planner.network import Links
-from megatron_b2.planner.step import StepTime, predict_step, regime_of
+from megatron_b2.planner.step import StepTime, predict_step
 from megatron_b2.planner.workload import ModelShape, Workload
 
 CONSTANTS = load_constants()
@@ -224,18 +224,40 @@ def test_crossover_of_13b_on_a800() -> None:
     assert rate(1024, 4, 4) > 1.5 * rate(1024, 1, 1)
 
 
+def test_first_flash_attention_is_slower() -> None:
+    """By its rate, of each architecture; and a kind of attention of another program changes nothing else."""
+    for cluster, rate in (
+        (A100, CONSTANTS.ampere_flash_1),
+        (load_hardware("h100-80g"), CONSTANTS.hopper_flash_1),
+    ):
+        fused, first = (
+            Device.of(cluster.gpu, replace(MEGATRON, attention=kind), CONSTANTS)
+            for kind in ("fused", "flash-1")
+        )
+        assert (fused.fused_attention, first.fused_attention) == (CONSTANTS.fused_attention, rate)
+        works = [
+            replace(MEGATRON, attention=kind, seq_len=65_536, recompute="none")
+            for kind in ("fused", "flash-1")
+        ]
+        extra = [
+            block_passes(work, first if work.attention == "flash-1" else fused).forward for work in works
+        ]
+        flops = 4 * 12 * 65_536**2 * 128 / 2
+        assert extra[1] - extra[0] == pytest.approx(
+            flops / fused.flops * (1 / rate - 1 / CONSTANTS.fused_attention), rel=1e-9
+        )
+
+
+def test_overlapped_tensor_parallel_sums() -> None:
+    """What products hide costs the share by which it slows them down."""
+    work = replace(MEGATRON, pipeline=1, data=48)
+    hidden, bare = step(replace(work, overlap_tensor=True)), step(work)
+    ends = 2 * work.num_micro * Links(A100, CONSTANTS).tensor(work).all_reduce(2048 * 12_288 * 2)
+    assert hidden.tensor - ends == pytest.approx(CONSTANTS.interference * (bare.tensor - ends), rel=1e-9)
+    assert hidden.compute == bare.compute
+
+
 def test_context_parallelism_has_a_price() -> None:
     work = replace(MEGATRON, tensor=1, pipeline=1, data=6, attention="fused", micro_batch_size=4, context=4)
     assert step(work).context > 0
     assert step(replace(work, context=1, data=24)).context == 0
-
-
-def test_regimes() -> None:
-    hopper, omnipath = load_hardware("h100-80g"), load_hardware("a100-80g", node="opa100x4")
-    assert regime_of(MEGATRON, A100) == "model parallel"
-    assert regime_of(ZERO_3, A100) == "zero-3 deepspeed"
-    assert regime_of(replace(ZERO_3, zero_engine="fsdp"), A100) == "zero-3 fsdp"
-    assert regime_of(ZERO_3, hopper) == "hopper"
-    assert regime_of(MEGATRON, omnipath) == "omnipath"
-    assert step(MEGATRON).band == CONSTANTS.bands["model parallel"]
-    assert CONSTANTS.band("nothing like it") == max(CONSTANTS.bands.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,24 @@ def manifest_path(path: Path) -> Path:
 
 def read_manifest(path: Path) -> Manifest | None:
     """The manifest of a file; none if it has none, or if the file is not of the size it states."""
+    manifest = _parse(manifest_path(path))
     try:
-        plain = json.loads(manifest_path(path).read_bytes())
+        return manifest if manifest is not None and path.stat().st_size == manifest.bytes else None
+    except OSError:
+        return None
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is the manifest of one of ours, sound or not."""
+    return _parse(path) is not None
+
+
+def _parse(path: Path) -> Manifest | None:
+    try:
+        plain = json.loads(path.read_bytes())
         parts = tuple(Part(**part) for part in plain.pop("parts"))
-        manifest = Manifest(**plain, parts=parts)
-        return manifest if path.stat().st_size == manifest.bytes else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return Manifest(**plain, parts=parts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -80,33 +92,35 @@ def write_table(path: Path, table: pa.Table, *, fingerprint: str, facts: Mapping
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", compression_level=1)
     data = sink.getvalue()
-    _write(path, [data], Manifest(fingerprint, data.size, table.num_rows, _sha256(data), facts=facts))
+    manifest = Manifest(fingerprint, data.size, table.num_rows, _sha256(data), facts=facts)
+    with atomic_files(path, manifest_path(path)) as (stream, beside):
+        stream.write(data)
+        beside.write(_line(manifest))
 
 
 def write_parts(
-    path: Path, tables: Sequence[pa.Table], *, fingerprint: str, facts: Mapping[str, Any]
+    path: Path, tables: Iterable[pa.Table], *, fingerprint: str, facts: Mapping[str, Any]
 ) -> None:
-    """A parts file and its manifest; part i is `tables[i]`."""
-    buffers, parts, offset, whole = [], [], 0, hashlib.sha256()
-    for table in tables:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        data = sink.getvalue()
-        parts.append(Part(offset, data.size, _sha256(data), table.num_rows))
-        whole.update(data)
-        offset += data.size
-        buffers.append(data)
-    rows = sum(part.rows for part in parts)
-    manifest = Manifest(fingerprint, offset, rows, whole.hexdigest(), parts=tuple(parts), facts=facts)
-    _write(path, buffers, manifest)
+    """A parts file and its manifest; part i is `tables[i]`. Parts are written as they come."""
+    parts: list[Part] = []
+    offset, whole = 0, hashlib.sha256()
+    with atomic_files(path, manifest_path(path)) as (stream, beside):
+        for table in tables:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            data = sink.getvalue()
+            parts.append(Part(offset, data.size, _sha256(data), table.num_rows))
+            whole.update(data)
+            offset += data.size
+            stream.write(data)
+        rows = sum(part.rows for part in parts)
+        manifest = Manifest(fingerprint, offset, rows, whole.hexdigest(), parts=tuple(parts), facts=facts)
+        beside.write(_line(manifest))
 
 
-def _write(path: Path, buffers: Sequence[pa.Buffer], manifest: Manifest) -> None:
-    with atomic_files(path, manifest_path(path)) as (data, beside):
-        for buffer in buffers:
-            data.write(buffer)
-        beside.write((json.dumps(asdict(manifest), ensure_ascii=False) + "\n").encode())
+def _line(manifest: Manifest) -> bytes:
+    return (json.dumps(asdict(manifest), ensure_ascii=False) + "\n").encode()
 
 
 def read_table(path: Path, columns: Sequence[str] | Callable[[str], bool] | None = None) -> pa.Table:
@@ -129,14 +143,35 @@ def read_part(path: Path, index: int) -> pa.Table:
     Raises:
         DamagedFileError: if it differs from the manifest.
     """
-    part = _required(path).parts[index]
+    return _read_part(path, _required(path).parts[index])
+
+
+def read_parts(path: Path) -> Iterator[pa.Table]:
+    """The parts of a parts file one after the other, verified."""
+    return (_read_part(path, part) for part in _required(path).parts)
+
+
+def part_bytes(path: Path, index: int) -> int:
+    """Size of one part of a parts file."""
+    return _required(path).parts[index].bytes
+
+
+def _read_part(path: Path, part: Part) -> pa.Table:
     data = _verified(path, part.offset, part.bytes, part.sha256)
     return pa.ipc.open_stream(pa.BufferReader(data)).read_all()
 
 
-def read_parts(path: Path) -> pa.Table:
-    """All parts of a parts file behind each other, verified."""
-    return pa.concat_tables([read_part(path, index) for index in range(len(_required(path).parts))])
+def verify_file(path: Path) -> None:
+    """Compare all bytes of a file with its manifest, in blocks.
+
+    Raises:
+        DamagedFileError: if they differ.
+    """
+    manifest = _required(path)
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != manifest.sha256:
+        raise DamagedFileError(path, f"does not have the SHA-256 {manifest.sha256[:12]}...")
 
 
 def _required(path: Path) -> Manifest:

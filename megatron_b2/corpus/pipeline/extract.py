@@ -19,8 +19,9 @@ from megatron_b2.documents import ReadReport
 from megatron_b2.documents.document import Document
 from megatron_b2.documents.reader import account
 from megatron_b2.documents.shards import Piece, ScannedFile, plan_shards
-from megatron_b2.documents.storage import input_path, list_inputs, version_of
-from megatron_b2.documents.streams import ReadLimits
+from megatron_b2.documents.storage import InputFile, input_path, list_inputs, version_of
+from megatron_b2.documents.streams import ReadLimits, is_remote
+from megatron_b2.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +85,15 @@ class _Extract:
 
 
 def scan_tasks(settings: Input, work: Path) -> list[Task]:
-    """One task an input file: its hash and where it can be cut."""
+    """One task an input file: its hash and where it can be cut.
+
+    Raises:
+        InputError: an input is wrong, or inputs and work folder are inside each other.
+    """
     tasks = []
-    for file in list_inputs(settings.paths, suffixes=SUFFIXES):
+    files = list_inputs(settings.paths, suffixes=SUFFIXES)
+    _refuse_overlap(settings.paths, files, work)
+    for file in files:
         path = str(file.path)
         scan = _Scan(
             path,
@@ -100,6 +107,27 @@ def scan_tasks(settings: Input, work: Path) -> list[Task]:
         output = work / "between" / "extract" / f"{_short(path)}.parquet"
         tasks.append(Task(f"scan {path}", _scan, 2, scan, (), output))
     return tasks
+
+
+def _refuse_overlap(paths: Sequence[str], files: Sequence[InputFile], work: Path) -> None:
+    """The files of `work` come and go with every run, and no run may take them for documents."""
+    where = work.resolve()
+    folders = {file.path.parent for file in files if not is_remote(file.path)}
+    inside = sorted(folder for folder in folders if folder.resolve().is_relative_to(where))
+    if inside:
+        raise InputError(
+            f"{inside[0]}: input inside the work folder {work}, whose files come and go; "
+            "copy the input to another place, or give another `work`"
+        )
+    for path in map(input_path, paths):
+        if is_remote(path) or not path.is_dir() or not where.is_relative_to(path.resolve()):
+            continue
+        below = where.relative_to(path.resolve()).parts
+        if not any(part.startswith(".") for part in below):  # a hidden folder is never read
+            raise InputError(
+                f"{work}: the work folder is inside the input {path}, so that its files would become input; "
+                "give another `work`, or the inputs in it one by one"
+            )
 
 
 def _scan(task: Task, _: Limits) -> Result:

@@ -6,7 +6,9 @@ A worker that dies costs its task only: another process takes its place, and the
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -109,10 +111,19 @@ class _Worker:
 def _serve(connection: Connection, limits: Limits, site: Site | None) -> None:
     """Answer each task as `attempt` does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver stops its workers itself
+    threading.Thread(target=_end_with_driver, daemon=True).start()
     while True:
         try:
             task = connection.recv()
-        except EOFError:  # the driver is gone
+        except (EOFError, ConnectionError):  # the driver is gone
             return
-        with suppress(BrokenPipeError):
+        with suppress(ConnectionError):
             connection.send(attempt(task, limits, site))
+
+
+def _end_with_driver() -> None:
+    """A worker that outlives its driver would work beside the next one, whose settings may be others."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,7 @@ import pyarrow as pa
 from megatron_b2.config.encode import toml_value
 from megatron_b2.corpus.pipeline.checked import read_table
 from megatron_b2.corpus.pipeline.report import State
+from megatron_b2.corpus.pipeline.run import made_again_by_the_next_run
 from megatron_b2.corpus.pipeline.view import languages_of, read_view
 from megatron_b2.documents import JsonlWriter
 from megatron_b2.errors import InputError
@@ -68,11 +69,12 @@ def mix(
 
     Raises:
         InputError: the condition does not parse, or names a column that no stage wrote.
+        DamagedFileError: a file of the run is damaged; the next run makes it again.
     """
     state = State.of(work)
-    _check_condition(state, where)
     groups: dict[str, Group] = {}
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with made_again_by_the_next_run(work), atomic_folder(out, overwrite=overwrite) as folder:
+        _check_condition(state, where)
         task = partial(_mix_unit, state, folder, where)
         with (
             multiprocessing.get_context("spawn").Pool(workers) as pool,
@@ -86,7 +88,7 @@ def mix(
                     group.bytes += piece.bytes
                     group.files[piece.file] = piece.sha256
         groups = dict(sorted(groups.items()))
-        _write_blend(folder / "blend.toml", groups, out)
+        write_blend(folder / "blend.toml", groups, out)
         summary = {name: asdict(group) for name, group in groups.items()}
         write_json(folder / "mix.json", {"where": where, "stages": state.stages, "groups": summary})
     return groups
@@ -140,9 +142,14 @@ def _mix_unit(state: State, folder: Path, where: str, unit: str) -> list[_Piece]
     documents: Sequence[Mapping[str, Any]] = pa.table(columns).take(pa.array(chosen)).to_pylist()
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for document in documents:
-        name = re.sub(r"[^A-Za-z0-9.-]", "_", document["group"]) or "_"
-        groups.setdefault(name, []).append(document)
+        groups.setdefault(folder_of(document["group"]), []).append(document)
     return [_write_group(folder, name, unit, groups[name]) for name in sorted(groups)]
+
+
+def folder_of(group: str) -> str:
+    """Name of a folder for a group, another one for every group; percent-encoded where it has to be."""
+    name = quote(group, safe="") or "%"
+    return f"%2E{name[1:]}" if name.startswith(".") else name
 
 
 def _write_group(folder: Path, name: str, unit: str, documents: Sequence[Mapping[str, Any]]) -> _Piece:
@@ -156,8 +163,12 @@ def _write_group(folder: Path, name: str, unit: str, documents: Sequence[Mapping
     return _Piece(name, documents[0]["weight"], len(documents), size, file, writer.sha256)
 
 
-def _write_blend(path: Path, groups: Mapping[str, Group], out: Path) -> None:
-    """[[data.sources]] for a run: a group's share is its bytes times its weight."""
+def write_blend(path: Path, groups: Mapping[str, Group], out: Path) -> None:
+    """[[data.sources]] for a run: a group's share is its bytes times its weight.
+
+    Args:
+        out: the folder of the mix, for the commands that the file names.
+    """
     total = sum(group.bytes * group.weight for group in groups.values())
     with atomic_file(path) as file:
         file.write("".join(_blend_lines(groups, total, out)).encode())
@@ -169,4 +180,4 @@ def _blend_lines(groups: Mapping[str, Group], total: float, out: Path) -> Iterat
         yield f"#   b2 preprocess {out / name} --tokenizer TOKENIZER --output tokens/{name}\n"
     for name, group in groups.items():
         share = group.bytes * group.weight / max(total, 1e-9)
-        yield f"\n[[data.sources]]\nprefix = {toml_value(f'tokens/{name}')}\nweight = {share:.6f}\n"
+        yield f"\n[[data.sources]]\nprefix = {toml_value(f'tokens/{name}')}\nweight = {toml_value(share)}\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_b2.corpus.pipeline.checked import read_table
 from megatron_b2.corpus.pipeline.report import Funnel, Report, State
+from megatron_b2.corpus.pipeline.run import made_again_by_the_next_run
 from megatron_b2.corpus.pipeline.view import read_view
 from megatron_b2.files.atomic import atomic_file
 
@@ -32,7 +33,16 @@ class Example:
 
 
 def examples(state: State, *, each: int = EXAMPLES) -> dict[str, list[Example]]:
-    """Some documents that each stage removed."""
+    """Some documents that each stage removed.
+
+    Raises:
+        DamagedFileError: a file is damaged; the next run makes it again.
+    """
+    with made_again_by_the_next_run(state.work):
+        return _examples(state, each)
+
+
+def _examples(state: State, each: int) -> dict[str, list[Example]]:
     found: dict[str, list[Example]] = {stage: [] for stage in state.stages}
     for unit in state.units:
         paths = list(state.attribute_paths(unit).items())

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_b2.corpus.pipeline.checked import read_manifest, read_table
-from megatron_b2.corpus.pipeline.run import STATE
+from megatron_b2.corpus.pipeline.run import STATE, made_again_by_the_next_run
 from megatron_b2.corpus.pipeline.stage import attributes_path
 from megatron_b2.errors import InputError
 
@@ -88,6 +88,8 @@ class Report:
     """Input records without text."""
     messages: list[str] = field(default_factory=list)
     """The first of the malformed records as "file:line: reason"."""
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What stages say about themselves, by stage: evaluation items of `decontaminate`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON value."""
@@ -96,6 +98,7 @@ class Report:
             "languages": {name: funnel.to_dict() for name, funnel in self.languages.items()},
             "sources": {name: funnel.to_dict() for name, funnel in self.sources.items()},
             "input": {"malformed": self.malformed, "empty": self.empty, "messages": self.messages},
+            "facts": self.facts,
         }
 
 
@@ -106,6 +109,8 @@ class State:
     work: Path
     stages: tuple[str, ...]
     units: tuple[str, ...]
+    firsts: tuple[int, ...]
+    """Index in the whole corpus of the first document of each unit."""
 
     @classmethod
     def of(cls, work: Path) -> State:
@@ -115,7 +120,9 @@ class State:
             plain = json.loads(path.read_bytes())
         except FileNotFoundError as error:
             raise InputError(f"{path} is missing: `b2 corpus run` did not end in this folder yet") from error
-        return cls(work, tuple(plain["stages"]), tuple(unit["name"] for unit in plain["units"]))
+        units = plain["units"]
+        names, firsts = (tuple(unit[key] for unit in units) for key in ("name", "first"))
+        return cls(work, tuple(plain["stages"]), names, firsts)
 
     def unit_path(self, unit: str) -> Path:
         """The documents of a unit."""
@@ -127,15 +134,24 @@ class State:
 
 
 def make_report(work: Path) -> Report:
-    """Read the verdicts of a finished run."""
+    """Read the verdicts of a finished run.
+
+    Raises:
+        DamagedFileError: a file is damaged; the next run makes it again.
+        InputError: there is no finished run.
+    """
     state, report = State.of(work), Report()
     for unit in state.units:
-        _count_unit(state, unit, report)
+        with made_again_by_the_next_run(work):
+            _count_unit(state, unit, report)
         manifest = read_manifest(state.unit_path(unit))
         if manifest is not None:
             report.malformed += manifest.facts["malformed"]
             report.empty += manifest.facts["empty"]
             report.messages = (report.messages + manifest.facts["messages"])[:20]
+        for stage, path in state.attribute_paths(unit).items():
+            if (manifest := read_manifest(path)) is not None and manifest.facts:
+                report.facts[stage] = dict(manifest.facts)
     for funnels in (report.languages, report.sources):
         order = sorted(funnels.items(), key=lambda item: (-item[1].raw.bytes, item[0]))
         funnels.clear()
@@ -182,4 +198,3 @@ def _count(funnel: Funnel, rows: np.ndarray, size: np.ndarray, tables: Mapping[s
         stage.reasons.update(table.column(f"{name}.reason").take(pa.array(gone)).to_pylist())
         now = left
     funnel.kept.add(len(alive), int(now[alive].sum()))
-

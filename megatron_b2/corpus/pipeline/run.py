@@ -1,29 +1,42 @@
 """The driver: stage after stage, phase after phase, only what is not done yet.
 
-It holds no data, only names. If it is killed, the next one finds every finished task by its manifest. A
-damaged file is named, and the task that made it runs again.
+It holds no data, only names. If it is killed, the next one finds every finished task by its manifest. A file
+that turns out to be damaged when it is read is named, and the task that made it runs again. Of files that are
+done a run reads the manifests only.
 """
 
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_b2.corpus.pipeline.checked import DamagedFileError, manifest_path, read_manifest
+from megatron_b2.corpus.pipeline.checked import (
+    DamagedFileError,
+    is_manifest,
+    manifest_path,
+    read_manifest,
+    verify_file,
+)
 from megatron_b2.corpus.pipeline.executor import Executor
 from megatron_b2.corpus.pipeline.extract import Input, extract_tasks, scan_tasks, units_of
 from megatron_b2.corpus.pipeline.stage import Context, Stage, Unit
 from megatron_b2.corpus.pipeline.tasks import Contents, Task, forget, is_done
-from megatron_b2.errors import InputError
+from megatron_b2.errors import InputError, OutputError
 from megatron_b2.files.atomic import write_json
 from megatron_b2.files.progress import ProgressBar
 
 STATE = "pipeline.json"
+MARKER = ".driver"
+"""A folder with this file is a work folder, of which a driver may remove files; who drives has it locked."""
+FOLDERS = ("documents", "attributes", "between")
+"""Of the outputs of tasks."""
 MAX_REPAIRS = 20
+"""Damaged files that tasks may meet in a run."""
 
 
 @dataclass
@@ -48,26 +61,34 @@ class Run:
 
 
 def run_pipeline(
-    inputs: Input, stages: Mapping[str, Stage], *, work: Path, executor: Executor
+    inputs: Input, stages: Mapping[str, Stage], *, work: Path, executor: Executor, verify: bool = False
 ) -> Run:
     """Run `stages`, in their order, over the documents of `inputs`.
 
     Writes WORK/documents, WORK/attributes and WORK/pipeline.json, which lists every file with its SHA-256:
     the same inputs and settings give the same list, whoever ran which task.
 
+    Args:
+        verify: read every file that is there first; damaged ones are made again.
+
     Raises:
-        InputError: another driver works in this folder, or an input is wrong.
+        InputError: another driver works in this folder, it is no work folder, or an input is wrong.
         TaskCrashError: a task failed for a reason of its own.
     """
-    run = Run()
-    with _only_driver(work):
+    run, repairs = Run(), 0
+    _refuse_foreign(work)
+    work.mkdir(parents=True, exist_ok=True)
+    with _only_driver(work), _empty_scratch(work):
+        if verify:
+            run.repaired += _forget_damaged(work)
         while True:
             try:
                 outputs = _run_once(inputs, stages, work, executor, run)
                 break
             except DamagedFileError as error:
-                if len(run.repaired) == MAX_REPAIRS:
+                if repairs == MAX_REPAIRS:
                     raise
+                repairs += 1
                 run.repaired.append(str(error))
                 forget(error.path)
         _remove_others(work, outputs)
@@ -110,9 +131,37 @@ def _run_phase(stage: str, tasks: Sequence[Task], executor: Executor, run: Run) 
 
 
 @contextmanager
+def made_again_by_the_next_run(work: Path) -> Iterator[None]:
+    """Where results are read: a damaged file is named, and the next run will make it again.
+
+    Raises:
+        DamagedFileError: the block met one.
+        InputError: it did so while a driver was at work.
+    """
+    try:
+        yield
+    except DamagedFileError as error:
+        try:
+            with _only_driver(work):
+                forget(error.path)
+        except OSError as refused:
+            raise OutputError(f"{error}; cannot mark it to be made again: {refused}") from refused
+        reason = f"{error.reason}. Give `b2 corpus run` again: it makes the file again"
+        raise DamagedFileError(error.path, reason) from error
+
+
+def _refuse_foreign(work: Path) -> None:
+    if work.exists() and not work.is_dir():
+        raise InputError(f"{work}: is no folder; give a new or empty one as `work`")
+    if work.exists() and not (work / MARKER).exists() and any(work.iterdir()):
+        raise InputError(
+            f"{work}: is not empty and no work folder of `b2 corpus run`; give a new or empty one as `work`"
+        )
+
+
+@contextmanager
 def _only_driver(work: Path) -> Iterator[None]:
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".driver").open("w") as file:
+    with (work / MARKER).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -122,13 +171,47 @@ def _only_driver(work: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _empty_scratch(work: Path) -> Iterator[None]:
+    """Nothing of tasks that were killed stays, neither from before nor from this run."""
+    try:
+        shutil.rmtree(work / "scratch", ignore_errors=True)
+        yield
+    finally:
+        shutil.rmtree(work / "scratch", ignore_errors=True)
+
+
+def _files(work: Path) -> list[Path]:
+    """All outputs of tasks, sound or not, also of earlier runs: files with a manifest of ours."""
+    found = sorted(path for folder in FOLDERS for path in (work / folder).rglob("*.json"))
+    return [manifest.with_suffix("") for manifest in found if is_manifest(manifest)]
+
+
+def _forget_damaged(work: Path) -> list[str]:
+    """Compare all outputs with their manifests; what was wrong with which."""
+    wrong, files = [], _files(work)
+    with ProgressBar("verify", total=len(files), unit="files") as bar:
+        for path in files:
+            try:
+                verify_file(path)
+            except DamagedFileError as error:
+                wrong.append(str(error))
+                forget(path)
+            bar.advance(1)
+    return wrong
+
+
 def _remove_others(work: Path, outputs: Sequence[Path]) -> None:
-    """Outputs of stages, settings and inputs that are no longer part of the pipeline."""
-    wanted = {*outputs, *(manifest_path(path) for path in outputs)}
-    for folder in ("documents", "attributes", "between"):
-        for path in (work / folder).rglob("*"):
-            if path.is_file() and path not in wanted:
-                path.unlink()
+    """Outputs of stages, settings and inputs that are no longer part of the pipeline, and what killed workers
+    were writing. A file without a manifest of ours is not ours."""
+    wanted = set(outputs)
+    for path in _files(work):
+        if path not in wanted:
+            path.unlink(missing_ok=True)
+            manifest_path(path).unlink()
+    for folder in FOLDERS:
+        for unfinished in list((work / folder).rglob(".*.tmp")):
+            unfinished.unlink(missing_ok=True)
 
 
 def _write_state(

@@ -1,21 +1,22 @@
 """A unit of work: files in, files out, and a fingerprint that says whether it is already done.
 
-The fingerprint covers the function, its version, its settings and the content of the inputs, not who ran it,
-when, or beside how many others. So workers may come, go or die in the middle of a run, and a task whose
-inputs came out byte for byte the same is not repeated.
+The fingerprint covers the version of this package, the function, its settings and the content of the inputs,
+not who ran it, when, or beside how many others. So workers may come, go or die in the middle of a run, a task
+whose inputs came out byte for byte the same is not repeated, and results of two versions are never mixed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 
+from megatron_b2 import __version__
 from megatron_b2.corpus.pipeline.checked import (
     DamagedFileError,
     manifest_path,
@@ -24,16 +25,16 @@ from megatron_b2.corpus.pipeline.checked import (
     write_table,
 )
 
-FORMAT = 3
-"""To be raised when the form of all results changes."""
+FORMAT = 4
+"""To be raised when results of tasks change between two versions of this package."""
 
 
 @dataclass(frozen=True)
 class Result:
     """What a task function returns for its output."""
 
-    tables: Sequence[pa.Table]
-    """The table, or the parts of a parts file."""
+    tables: Iterable[pa.Table]
+    """The table, or the parts of a parts file, which may be made one after the other."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the manifest; JSON values."""
 
@@ -59,7 +60,7 @@ class Task:
     """For people, such as "minhash signatures 3f2a"."""
     function: Function
     version: int
-    """To be raised when the function's result changes."""
+    """To be raised when the function's result changes between two versions of this package."""
     settings: Any
     inputs: tuple[Path, ...]
     """Checked files."""
@@ -70,7 +71,7 @@ class Task:
         """Raises DamagedFileError if an input is missing."""
         function = f"{self.function.__module__}.{self.function.__qualname__}"
         inputs = [contents[path] for path in self.inputs]
-        facts = [FORMAT, function, self.version, asdict(self.settings), inputs]
+        facts = [__version__, FORMAT, function, self.version, asdict(self.settings), inputs]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -96,12 +97,15 @@ def is_done(task: Task, contents: Contents) -> bool:
 
 
 def run_task(task: Task, limits: Limits) -> None:
-    """Make the output.
+    """Make the output, unless a worker did so that died before it could say it.
 
     Raises:
         DamagedFileError: if an input differs from its manifest.
     """
-    fingerprint = task.fingerprint(Contents())
+    contents = Contents()
+    if is_done(task, contents):
+        return
+    fingerprint = task.fingerprint(contents)
     result = task.function(task, limits)
     if task.output.suffix == ".parts":
         write_parts(task.output, result.tables, fingerprint=fingerprint, facts=result.facts)

@@ -78,6 +78,7 @@ class View:
             reason: N strings.
             columns: N values each, Arrow arrays or what Arrow can make one of.
         """
+        reason = _array(reason).cast(pa.string())  # of null where there are no rows
         seen: dict[str, Any] = {"keep": keep, "reason": reason, "bytes": self.sizes}
         seen["left"] = np.where(keep, _left(self.sizes, columns), 0)
         seen |= columns

@@ -2,13 +2,14 @@
 
 All three have the same phases: each unit writes records (hash, place) by range of the hash; each range is
 grouped, and what repeats is sent to its unit; each unit judges. The first occurrence in the order of the
-corpus stays.
+corpus stays. `exact` does it twice, for ids and then for the texts of the documents that ids have left: a
+text that goes with its document's id takes no other copy along.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_b2.corpus.pipeline.view import View, read_view
 from megatron_b2.corpus.spans import (
     RECORD,
     REPEAT,
+    BloomFilter,
     Records,
     RepeatFinder,
     SpanLimits,
@@ -35,6 +37,8 @@ from megatron_b2.corpus.spans import (
     split_by_hash,
 )
 from megatron_b2.documents.texts import Texts
+from megatron_b2.errors import ConfigError, InputError
+from megatron_b2.files.hashing import hash_file
 
 DOCUMENTS_A_PART = 2_000_000
 """About a gigabyte of records of sentences."""
@@ -46,11 +50,37 @@ class Exact:
 
     folded: bool = True
     """Texts that differ only in white space and case are equal."""
+    seen: tuple[str, ...] = ()
+    """Files of `b2 corpus remember`: texts of these earlier corpora go too."""
 
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
-        """Kinds of records: texts, ids."""
-        kinds = (_Kind("text"), _Kind("id"))
-        yield from _phases(context, self, kinds, _record_documents, _judge_documents)
+        """Ids; then texts of documents whose id is the first."""
+        earlier = _Earlier(self, tuple(hash_file(Path(path)).sha256 for path in self._checked()))
+        ids = yield from _find(context, self, (_Kind("ids"),), _record_ids)
+        texts = yield from _find(context, self, (_Kind("texts"),), _record_texts, also=ids)
+        yield _judgements(context, earlier, (_Kind("ids"), _Kind("texts")), _judge_documents, [*ids, *texts])
+
+    def _checked(self) -> tuple[str, ...]:
+        """`seen`, whose texts were hashed as these are."""
+        problems = []
+        for path in self.seen:
+            try:
+                folded = BloomFilter.load(Path(path)).facts.get("folded")
+                if folded != self.folded:
+                    is_not = f"is of texts with folded = {folded}, but exact.folded is {self.folded}"
+                    problems.append(f"exact.seen: {path} {is_not}")
+            except InputError as error:
+                problems.append(f"exact.seen: {error}")
+        if problems:
+            raise ConfigError(problems)
+        return self.seen
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    settings: Exact
+    sha256: tuple[str, ...]
+    """Of the files of `seen`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +99,9 @@ class Paragraph:
 
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
         """One kind of records."""
-        yield from _phases(context, self, (_Kind("paragraphs"),), _record_spans, _cut)
+        kinds = (_Kind("paragraphs"),)
+        found = yield from _find(context, self, kinds, _record_spans)
+        yield _judgements(context, self, kinds, _cut, found)
 
 
 @dataclass(frozen=True)
@@ -100,7 +132,8 @@ class Sentence:
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
         """Kinds of records: runs, sentences."""
         kinds = (_Kind("runs"), _Kind("sentences", more_than=self.boilerplate))
-        yield from _phases(context, self, kinds, _record_spans, _cut)
+        found = yield from _find(context, self, kinds, _record_spans)
+        yield _judgements(context, self, kinds, _cut, found)
 
 
 @dataclass(frozen=True)
@@ -114,6 +147,7 @@ class _Kind:
 class _Unit:
     settings: Any
     kinds: tuple[_Kind, ...]
+    """Of the records that are written, or of the repeats that are judged."""
     unit: Unit
     number: int
     parts: int
@@ -128,26 +162,49 @@ class _Group:
     units: tuple[Unit, ...]
 
 
-def _phases(
-    context: Context, settings: object, kinds: tuple[_Kind, ...], record: Function, judge: Function
-) -> Iterator[Sequence[Task]]:
+def _units(context: Context, settings: object, kinds: tuple[_Kind, ...]) -> list[_Unit]:
     parts = 1 + sum(unit.documents for unit in context.units) // DOCUMENTS_A_PART
-    units = [
+    return [
         _Unit(settings, kinds, unit, number, parts, context.stage)
         for number, unit in enumerate(context.units)
     ]
-    records = [context.unit_task(given.unit, record, given, output="records-{}.parts") for given in units]
+
+
+def _find(
+    context: Context,
+    settings: object,
+    kinds: tuple[_Kind, ...],
+    record: Function,
+    *,
+    also: Sequence[Path] = (),
+) -> Generator[Sequence[Task], None, list[Path]]:
+    """Two phases, records and their groups; the files of `_group`, those of a kind behind each other.
+
+    Args:
+        also: such files of kinds that were found before, for `record`.
+    """
+    units = _units(context, settings, kinds)
+    output = f"records-{'-'.join(kind.name for kind in kinds)}-{{}}.parts"
+    records = [context.unit_task(given.unit, record, given, also=also, output=output) for given in units]
     yield records
     written = [task.output for task in records]
     groups = []
+    parts = units[0].parts if units else 0
     for number, kind in enumerate(kinds):
         for part in range(parts):
             given = _Group(kind, number * parts + part, context.units)
             name = f"repeats-{kind.name}-{part:05}.parts"
             groups.append(context.task(f"repeats of {kind.name} {part}", _group, given, written, name))
     yield groups
-    found = [task.output for task in groups]
-    yield [context.unit_task(given.unit, judge, given, also=found) for given in units]
+    return [task.output for task in groups]
+
+
+def _judgements(
+    context: Context, settings: object, kinds: tuple[_Kind, ...], judge: Function, found: Sequence[Path]
+) -> list[Task]:
+    """The last phase: each unit with what was found of each kind."""
+    units = _units(context, settings, kinds)
+    return [context.unit_task(given.unit, judge, given, also=found) for given in units]
 
 
 def _table(records: np.ndarray) -> pa.Table:
@@ -161,18 +218,26 @@ def _array(table: pa.Table, dtype: np.dtype) -> np.ndarray:
     return records
 
 
-def _record_documents(task: Task, _: Limits) -> Result:
+def _record_ids(task: Task, _: Limits) -> Result:
+    view = read_view(task.inputs, with_text=False)
+    return _record_documents(task.settings, view.rows, Texts.of_arrow(view.documents.column("id")), False)
+
+
+def _record_texts(task: Task, _: Limits) -> Result:
     given: _Unit = task.settings
-    view = read_view(task.inputs)
-    ids = Texts.of_arrow(view.documents.column("id"))
-    hashes = (hash_texts(view.texts, folded=given.settings.folded), hash_texts(ids, folded=False))
-    tables = []
-    for pair in hashes:
-        records = np.empty(len(view), RECORD)
-        records["high"], records["low"] = pair[:, 0], pair[:, 1]
-        records["place"] = place_of(view.rows + given.unit.first)
-        tables += [_table(part) for part in split_by_hash(records, given.parts)]
-    return Result(tables)
+    view, (ids,) = _repeats(task)
+    first = np.ones(len(view), bool)
+    first[_rows(view, given, ids.column("document"))] = False
+    texts = Texts.of_arrow(view.text.filter(pa.array(first)))
+    return _record_documents(given, view.rows[first], texts, given.settings.folded)
+
+
+def _record_documents(given: _Unit, rows: np.ndarray, texts: Texts, folded: bool) -> Result:
+    hashes = hash_texts(texts, folded=folded)
+    records = np.empty(len(rows), RECORD)
+    records["high"], records["low"] = hashes[:, 0], hashes[:, 1]
+    records["place"] = place_of(rows + given.unit.first)
+    return Result([_table(part) for part in split_by_hash(records, given.parts)], {"folded": folded})
 
 
 def _record_spans(task: Task, _: Limits) -> Result:
@@ -204,20 +269,30 @@ def _group(task: Task, limits: Limits) -> Result:
 def _repeats(task: Task) -> tuple[View, list[pa.Table]]:
     """The view of a unit, and the rows of `_group` that are about it, one table a kind, by place."""
     given: _Unit = task.settings
-    count = len(given.kinds) * given.parts
-    tables = [read_part(path, given.number) for path in task.inputs[-count:]]
-    by_kind = [tables[start : start + given.parts] for start in range(0, count, given.parts)]
-    return read_view(task.inputs[:-count]), [pa.concat_tables(kind).sort_by("place") for kind in by_kind]
+    found = [path for path in task.inputs if path.suffix == ".parts"]
+    tables = [read_part(path, given.number) for path in found]
+    by_kind = [tables[start : start + given.parts] for start in range(0, len(found), given.parts)]
+    view = read_view(task.inputs[: len(task.inputs) - len(found)])
+    return view, [pa.concat_tables(kind).sort_by("place") for kind in by_kind]
+
+
+def _rows(view: View, given: _Unit, documents: pa.ChunkedArray) -> np.ndarray:
+    """Where documents of the corpus are among those of the view."""
+    return np.searchsorted(view.rows + given.unit.first, documents.to_numpy())
 
 
 def _judge_documents(task: Task, _: Limits) -> Result:
     given: _Unit = task.settings
-    view, (texts, ids) = _repeats(task)
-    documents = view.rows + given.unit.first
-    duplicates = documents.copy()
+    view, found = _repeats(task)
+    duplicates = view.rows + given.unit.first
     reason = np.full(len(view), "", dtype=object)
-    for table, why in ((ids, "the id has occurred before"), (texts, "the text has occurred before")):
-        rows = np.searchsorted(documents, table.column("document").to_numpy())
+    settings: Exact = given.settings.settings
+    for path in settings.seen:
+        is_seen = BloomFilter.load(Path(path)).contains(hash_texts(view.texts, folded=settings.folded))
+        reason[is_seen] = "the text was in an earlier corpus"
+    whys = ("the id has occurred before", "the text has occurred before")
+    for table, why in zip(found, whys, strict=True):
+        rows = _rows(view, given, table.column("document"))
         reason[rows] = why
         duplicates[rows] = table.column("first").to_numpy()
     keep = reason == ""
@@ -238,4 +313,14 @@ def _cut(task: Task, _: Limits) -> Result:
     keep = left > 0
     reason = np.where(keep, "", "nothing is left")
     number = np.diff(cuts.firsts)
-    return Result([view.write(given.stage, keep=keep, reason=reason, cuts=lists, number=number)])
+    columns = {"cuts": lists, "number": number, "first": _firsts(view, given, found)}
+    return Result([view.write(given.stage, keep=keep, reason=reason, **columns)])
+
+
+def _firsts(view: View, given: _Unit, found: Sequence[pa.Table]) -> pa.ListArray:
+    """For each document, the others in which its repeated parts occurred first, ascending."""
+    table = pa.concat_tables(found)
+    pairs = np.stack([_rows(view, given, table.column("document")), table.column("first").to_numpy()], axis=1)
+    others = np.unique(pairs[pairs[:, 1] != view.rows[pairs[:, 0]] + given.unit.first], axis=0)
+    offsets = np.searchsorted(others[:, 0], np.arange(len(view) + 1))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(others[:, 1]))

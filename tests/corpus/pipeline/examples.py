@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,14 @@ class Odd:
 
     flags: str = ""
     """Folder; where it has a file "die", the first task to take it away kills its process."""
+    leave: bool = False
+    """That task leaves a folder of temporary files."""
 
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
         yield context.for_each_unit(_odd, self)
 
 
-def _odd(task: Task, _: Limits) -> Result:
+def _odd(task: Task, limits: Limits) -> Result:
     folder = Path(task.settings.flags)
     if task.settings.flags and (folder / "die").exists():
         try:
@@ -35,6 +38,9 @@ def _odd(task: Task, _: Limits) -> Result:
         except FileNotFoundError:
             pass
         else:
+            if task.settings.leave:
+                limits.scratch.mkdir(parents=True)
+                tempfile.mkdtemp(dir=limits.scratch)
             os.kill(os.getpid(), signal.SIGKILL)
     view = read_view(task.inputs)
     keep = np.arange(len(view)) % 2 == 0

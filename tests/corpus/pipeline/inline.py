@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_b2.corpus.pipeline.config import ALL_STAGES, PipelineConfig
+from megatron_b2.corpus.pipeline.executor import Finished
 from megatron_b2.corpus.pipeline.extract import Input
-from megatron_b2.corpus.pipeline.local import Finished
 from megatron_b2.corpus.pipeline.run import Run, run_pipeline
 from megatron_b2.corpus.pipeline.tasks import Limits, Task, run_task
 from megatron_b2.corpus.stages.embed import Embed
@@ -18,7 +18,7 @@ from megatron_b2.corpus.stages.embed import Embed
 class Inline:
     """Runs tasks in this process, in an order of its own."""
 
-    def __init__(self, scratch: Path, seed: int) -> None:
+    def __init__(self, scratch: Path, seed: int = 0) -> None:
         self._limits = Limits(1 << 28, scratch)
         self._chance = random.Random(seed)
 

@@ -151,3 +151,18 @@ def test_a_node_that_has_not_the_inputs(tmp_path: Path) -> None:
         "every node must have the inputs and models under the path that they have where the run was started"
     )
     assert re.search(rf"{path}: .*No such file.* \(on node \S+; {node}\)", str(answer))
+
+
+def test_verify_by_command(pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["corpus", "run", str(pipeline), "--execution.workers", "1"]
+    assert main(command) == 0
+    (path,) = (pipeline.parent / "work" / "attributes" / "exact").glob("*.parquet")
+    sound = path.read_bytes()
+    path.write_bytes(bytes(len(sound)))
+    assert main(command) == 0
+    assert path.read_bytes() != sound
+    capsys.readouterr()
+    assert main([*command, "--verify"]) == 0
+    said = f"damaged, made again: {path}: does not have the SHA-256"
+    assert said in capsys.readouterr().out
+    assert path.read_bytes() == sound

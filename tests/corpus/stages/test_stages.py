@@ -4,44 +4,25 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from megatron_b2.cli.main import main
 from megatron_b2.corpus.pipeline.checked import read_table
 from megatron_b2.corpus.pipeline.config import ALL_STAGES, load_pipeline
-from megatron_b2.corpus.pipeline.executor import Finished
 from megatron_b2.corpus.pipeline.explain import explain
-from megatron_b2.corpus.pipeline.mix import mix
+from megatron_b2.corpus.pipeline.mix import Group, folder_of, mix, write_blend
 from megatron_b2.corpus.pipeline.report import State, make_report
 from megatron_b2.corpus.pipeline.run import run_pipeline
-from megatron_b2.corpus.pipeline.tasks import Limits, Task, run_task
 from megatron_b2.errors import ConfigError, InputError
-
-WORDS = ["river", "stone", "market", "window", "garden", "letter", "winter", "bridge", "village", "teacher", "engine", "forest", "silver", "paper", "station", "morning", "captain", "island", "doctor", "summer", "kitchen", "harbour", "mountain", "painter", "story", "meadow", "lantern", "carpet"]
-SENTENCE = "The {} {} near the {} was seen by a {} and the {} of the {} that have {} with {}."
-
-
-class Inline:
-    """Runs tasks in this process, in an order of its own."""
-
-    def __init__(self, scratch: Path, seed: int = 0) -> None:
-        self._limits = Limits(1 << 30, scratch)
-        self._chance = random.Random(seed)
-
-    def run(self, tasks: Sequence[Task]) -> Iterator[Finished]:
-        for task in self._chance.sample(list(tasks), len(tasks)):
-            run_task(task, self._limits)
-            yield Finished(task)
-
-
-def prose(chance: random.Random, sentences: int = 12) -> str:
-    lines = [SENTENCE.format(*chance.choices(WORDS, k=8)) for _ in range(sentences)]
-    return "\n\n".join(" ".join(lines[start : start + 4]) for start in range(0, sentences, 4))
+from tests.corpus.pipeline.inline import Inline
+from tests.corpus.prose import prose
 
 
 def planted() -> dict[str, str]:
@@ -165,10 +146,29 @@ def test_weights(folder: Path) -> None:
 
 
 def test_explain_names_the_duplicates(folder: Path) -> None:
-    said = {stage.name: stage for stage in explain(folder / "work", "near").stages}
+    said = {stage.name: stage for stage in explain(folder / "work", "near")[0].stages}
     assert said["minhash"].verdict == "REMOVED: near-duplicate"
     assert said["minhash"].relatives == ("good-1",)
     assert said["weights"].verdict == "not seen: it had gone before"
+
+
+def test_explain_shows_every_document_of_an_id(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = explain(folder / "work", "good-3")
+    verdicts = [next(stage for stage in one.stages if stage.name == "exact") for one in (first, second)]
+    assert [said.verdict for said in verdicts] == ["kept", "REMOVED: the id has occurred before"]
+    assert [said.relatives for said in verdicts] == [("good-3",), ("good-3",)]
+    assert first.row < second.row
+    path = folder / "explained.json"
+    assert main(["corpus", "explain", str(folder / "work"), "good-3", "--json", str(path)]) == 0
+    assert capsys.readouterr().out.count("REMOVED: the id has occurred before") == 1
+    assert [one["row"] for one in json.loads(path.read_text())] == [first.row, second.row]
+
+
+def test_explain_names_where_a_paragraph_has_occurred(folder: Path) -> None:
+    for name, other in (("paragraph", "good-2"), ("good-2", "paragraph")):
+        said = {stage.name: stage for stage in explain(folder / "work", name)[0].stages}
+        assert said["sentence"].relatives == (other,)
+        assert said["paragraph"].relatives == ()
 
 
 def test_report_and_mix_by_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +197,22 @@ def test_report_and_mix_by_command(folder: Path, capsys: pytest.CaptureFixture[s
     assert main(["corpus", "mix", work, "--out", str(out), "--overwrite", "--where", '"no.column" > 1']) == 2
     assert 'unable to find column "no.column"' in capsys.readouterr().err
     assert (out / "blend.toml").read_text() == blend
+
+
+def test_the_blend_has_no_weight_of_zero(tmp_path: Path) -> None:
+    groups = {"much": Group(8.0, bytes=10**12), "little": Group(0.125, bytes=10)}
+    write_blend(tmp_path / "blend.toml", groups, tmp_path)
+    sources = tomllib.loads((tmp_path / "blend.toml").read_text())["data"]["sources"]
+    assert [source["prefix"] for source in sources] == ["tokens/much", "tokens/little"]
+    assert sources[1]["weight"] == pytest.approx(0.125 * 10 / (8 * 10**12), rel=1e-9, abs=0)
+
+
+@given(st.lists(st.text(max_size=5), unique=True, max_size=20))
+@example(["a/b", "a_b", "", "_", "%", ".", "..", "../x"])
+def test_every_group_has_a_folder_of_its_own(groups: list[str]) -> None:
+    names = [folder_of(group) for group in groups]
+    assert len(set(names)) == len(groups)
+    assert not [name for name in names if not name or "/" in name or name.startswith(".")]
 
 
 def test_mix_takes_a_condition(folder: Path) -> None:
