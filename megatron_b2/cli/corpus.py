@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     from megatron_b2.cli import corpus_pipeline as pipeline
+    from megatron_b2.cli import corpus_settings as known
     from megatron_b2.cli import corpus_train as train
     from megatron_b2.cli.repeated import gather_repeated
 
@@ -76,9 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         | Annotated[Sets, subcommand("sets")]
         | Annotated[Stats, subcommand("stats")]
         | Annotated[pipeline.Run, subcommand("run")]
+        | Annotated[known.Settings, subcommand("settings")]
+        | Annotated[known.Rules, subcommand("rules")]
         | Annotated[pipeline.Report, subcommand("report")]
         | Annotated[pipeline.Explain, subcommand("explain")]
         | Annotated[pipeline.Mix, subcommand("mix")]
+        | Annotated[pipeline.Remember, subcommand("remember")]
         | Annotated[train.TrainQuality, subcommand("train-quality")]
         | Annotated[train.TrainPerplexity, subcommand("train-perplexity")]
         | Annotated[train.TrainLanguage, subcommand("train-language")]
@@ -95,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _stats(command)
         case train.TrainQuality() | train.TrainPerplexity() | train.TrainLanguage():
             return train.main(command)
+        case known.Settings() | known.Rules():
+            return known.main(command)
     return pipeline.main(command)
 
 

@@ -242,7 +242,7 @@ def _remember(command: Remember) -> int:
 
     rate = command.false_positive_rate
     seen = remember(command.work, command.out, false_positive_rate=rate)
-    print(f"{seen.added:,} different texts; use it as exact.seen = [\"{command.out}\"]")
+    print(f'{seen.added:,} different texts; use it as exact.seen = ["{command.out}"]')
     return 0
 
 
@@ -258,4 +258,3 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-

@@ -18,7 +18,7 @@ from megatron_b2.errors import ConfigError
 if TYPE_CHECKING:  # it takes a second: only once the command line is understood
     from megatron_b2.config.schema import RunConfig
     from megatron_b2.planner.hardware import Cluster
-    from megatron_b2.planner.reliability import FailureRecord
+    from megatron_b2.planner.reliability import FailureRecord, StorageRate
     from megatron_b2.planner.search import SearchResult
 
 HELP: Final = "time, memory, days and failures of a run, before it is paid for"
@@ -99,7 +99,6 @@ def plan(argv: Sequence[str]) -> int:
     gpus = counts[-1]
     numbers = {name: _number(name, flags[name]) for name in ("tokens", "mtbf", "storage") if name in flags}
 
-    from megatron_b2.planner.reliability import STORAGE_BYTES_PER_SECOND
     from megatron_b2.planner.report import make_plan, plan_json, search_json
 
     searched = _search(config, cluster, counts) if "search" in flags else {}
@@ -111,7 +110,7 @@ def plan(argv: Sequence[str]) -> int:
         gpus=gpus,
         tokens=numbers.get("tokens"),
         failures=_failures(gpus, numbers.get("mtbf")),
-        storage=numbers["storage"] * 1e9 if "storage" in numbers else STORAGE_BYTES_PER_SECOND,
+        storage=_storage(numbers.get("storage")),
     )
     values: dict[str, Any] = {"plan": plan_json(result)}
     values |= {"search": {str(n): search_json(item) for n, item in searched.items()}} if searched else {}
@@ -164,6 +163,15 @@ def _failures(gpus: int, mtbf_hours: float | None) -> FailureRecord:
     if mtbf_hours is None:
         return LLAMA_3
     return FailureRecord(source="--mtbf", gpus=gpus, days=mtbf_hours / 24, interruptions=1)
+
+
+def _storage(gigabytes: float | None) -> StorageRate:
+    """How fast a node writes, to plan with; GB/s."""
+    from megatron_b2.planner.reliability import BLOOM_STORAGE, StorageRate
+
+    if gigabytes is None:
+        return BLOOM_STORAGE
+    return StorageRate(source=f"--storage: {gigabytes:g} GB/s a node", node_bytes_per_second=gigabytes * 1e9)
 
 
 def _resolved(config: RunConfig, gpus: int) -> RunConfig:

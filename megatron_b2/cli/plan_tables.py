@@ -71,8 +71,7 @@ def _print_head(plan: Plan, console: Console) -> None:
         "a step", f"{work.global_batch:,} sequences of {work.seq_len:,} = {work.tokens_per_step:,} tokens"
     )
     per_gpu = plan.tokens_per_second / plan.gpus
-    regime = f"error of nine in ten runs that the model was not fitted to, {plan.time.regime}"
-    table.add_row("step time", f"{plan.time.describe()} ({regime})")
+    table.add_row("step time", f"{plan.time.describe()} ({plan.time_error})")
     table.add_row("tokens/s", f"{plan.tokens_per_second:,.0f}, {per_gpu:,.0f} a GPU")
     console.print(table, "")
 
@@ -117,7 +116,13 @@ def _print_memory(plan: Plan, console: Console) -> None:
     device = plan.cluster.gpu.memory_bytes / GIB
     needs = f"{plan.memory.total / GIB:.1f} GiB ± {100 * plan.memory.band:.0f} % of {device:.1f}"
     verdict = "fits" if plan.fits else "does NOT fit"
-    console.print(f"{verdict}: the fullest rank needs {needs}; the upper end counts\n")
+    console.print(f"{verdict}: the fullest rank needs {needs}; the upper end counts")
+    if not plan.fits and plan.auto_memory_gb:
+        console.print(
+            "what would fit: --search, or parallel.auto with parallel.memory_gb = "
+            f"{plan.auto_memory_gb:g} (it leaves less free than this plan)"
+        )
+    console.print()
 
 
 def _print_traffic(plan: Plan, console: Console) -> None:
@@ -148,12 +153,11 @@ def _print_run(plan: Plan, console: Console) -> None:
     )
     table.add_row(
         "failures",
-        f"{safe.failures:.0f} expected: one in {safe.mtbf_hours:.1f} h ({safe.source})",
+        f"{safe.failures:.0f} expected: one in {safe.mtbf_hours:.1f} h ({safe.failure_source})",
     )
     table.add_row(
         "checkpoint",
-        f"{safe.checkpoint_bytes / 1e9:,.1f} GB, {safe.stall_seconds:.1f} s each at the write bandwidth of "
-        "BLOOM's nodes",
+        f"{safe.checkpoint_bytes / 1e9:,.1f} GB, {safe.stall_seconds:.1f} s each ({safe.storage_source})",
     )
     table.add_row(
         "save every",

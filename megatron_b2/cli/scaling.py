@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 from megatron_b2.cli.main import run
 from megatron_b2.cli.repeated import gather_repeated
 from megatron_b2.config.loader import load_config
+from megatron_b2.config.presets import PREFIX, preset_names
 from megatron_b2.errors import InputError
 from megatron_b2.files.atomic import write_json
 from megatron_b2.scaling.budgets import Budget
@@ -83,13 +84,13 @@ class Fit:
 class Predict:
     """Predict the loss of a model after so many tokens, with its band.
 
-    Example: b2 scaling predict fit.json --model preset:baichuan2-13b --tokens 2.6e12
+    Example: b2 scaling predict fit.json --model baichuan2-13b --tokens 2.6e12
     """
 
     fit: Positional[Path]
     """A fit of `b2 scaling fit`."""
     model: str
-    """TOML file or preset:<name>: its model and sequence length are predicted."""
+    """TOML file, preset:<name> or a preset's name alone: its model and sequence length are predicted."""
     tokens: float | None = None
     """Training tokens (default: those of the configuration)."""
     out: Path | None = None
@@ -233,7 +234,7 @@ def _predict(command: Predict) -> None:
     from megatron_b2.scaling.plot import plot_fit
     from megatron_b2.scaling.predict import predict_run
 
-    fit, config = read_fit(command.fit), load_config(command.model).config
+    fit, config = read_fit(command.fit), load_config(_config_source(command.model)).config
     tokens = config.tokens_per_step * config.train.steps if command.tokens is None else command.tokens
     result = predict_run(fit, config, tokens=tokens)
     print(
@@ -252,6 +253,12 @@ def _predict(command: Predict) -> None:
         write_json(command.out, result)
         picture = plot_fit(fit, command.out.with_suffix(".png"), predictions=[result])
         print(f"made at {result['made_at']}; {command.out}, {picture}")
+
+
+def _config_source(model: str) -> str:
+    """What `load_config` reads: a preset also by its name alone, if no file has that name."""
+    is_preset = model in preset_names() and not Path(model).exists()
+    return f"{PREFIX}{model}" if is_preset else model
 
 
 def _best(command: Best) -> None:

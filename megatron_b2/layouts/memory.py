@@ -28,8 +28,8 @@ from megatron_b2.pipeline.schedule import Instruction
 
 GIB: Final = 2**30
 RESERVED_SHARE: Final = 0.10
-"""Of the device, for what is not counted: 8 of 80 GB, the constant that closes the gap between formula and
-measurement on BLOOM's published runs (SCALE.md 4.3)."""
+"""Of parallel.memory_gb, for what is not counted (our choice). `b2 plan` keeps more free: a constant that was
+fitted on BLOOM's published runs, and the upper end of its error (planner/constants.toml)."""
 HEAD_CHUNK_BYTES: Final[Mapping[Backend, int]] = MappingProxyType(
     {"reference": 48 * 2**20, "triton": 64 * 2**20, "cuda": 64 * 2**20}
 )

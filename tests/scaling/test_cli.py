@@ -39,6 +39,10 @@ def test_from_points_to_a_prediction(
     assert "95 % band" in text
     assert "warning: 11 times the compute" in text
     assert json.loads(out.read_text())["tokens"] == 2.6e12
+    assert main([*command[:4], "baichuan2-13b", *command[5:]]) == 0  # the name alone
+    assert text.startswith(capsys.readouterr().out)
+    assert main([*command[:4], "baichuan3", *command[5:]]) == 2
+    assert "there is no configuration file baichuan3" in capsys.readouterr().err
     assert out.with_suffix(".png").read_bytes().startswith(PNG)
     assert main(["scaling", "best", str(fit), "--flops", "1e21"]) == 2
     assert "no law of size and tokens" in capsys.readouterr().err

@@ -9,7 +9,7 @@ algorithms 4.4 and 5.1). Both give rows of length 1, so that the inner product o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,6 +28,8 @@ VERSION = 1
 OVERSAMPLING = 16
 POWER_ITERATIONS = 2
 MIN_NORM = 1e-12
+MIN_SINGULAR_VALUE = 1e-3
+"""Of the largest one: what is smaller is rounding, as squares are sums in float32."""
 ROWS_AT_ONCE = 4_096
 
 Precision = Literal["float16", "float32"]
@@ -49,6 +51,8 @@ class HashedOptions:
     """How our own features are trained."""
 
     dimension: int = 128
+    """Length of a vector. At most half as many directions as there are documents are used, and the rest of
+    it is 0: with a direction for each document, every two would be orthogonal."""
     bits: int = 18
     """Features are hashed to 2 ** bits columns."""
     min_documents: int = 2
@@ -98,9 +102,9 @@ def train_hashed(
 ) -> HashedEmbedder:
     """Train on a sample of the documents (some ten thousand; all their features are held in memory, about 8
     bytes each) and write `path`. The same texts and options give the same vectors on the same kind of
-    processor.
+    processor. From nothing, or from documents that have nothing in common, all vectors are 0.
 
-    Raises InputError for bad options and for fewer documents with features than dimensions.
+    Raises InputError for bad options.
     """
     options.check()
     counts = _concatenated([_Sparse(*hashed_ngrams(b.data, b.offsets, bits=options.bits)) for b in batches])
@@ -108,15 +112,14 @@ def train_hashed(
     width = 1 << options.bits
     frequency = np.bincount(counts.columns, minlength=width)
     kept = (frequency >= options.min_documents) & (frequency <= options.max_documents * documents)
-    useful = int(kept.sum())
-    if min(documents, useful) < options.dimension:
-        raise InputError(
-            f"{documents:,} documents with {useful:,} features in common cannot give {options.dimension} "
-            "dimensions; give more documents or a smaller dimension"
-        )
+    directions = min(options.dimension, documents // 2, int(kept.sum()))
     idf = np.where(kept, np.log((1 + documents) / (1 + frequency)) + 1, 0).astype(np.float32)
-    values, vectors = _right_singular_vectors(_weighted(counts, idf), width, options)
-    basis = vectors / values  # whitening: no few directions, such as those of style, decide the cosine
+    basis = np.empty((width, 0), np.float32)
+    if directions:
+        values, vectors = _right_singular_vectors(_weighted(counts, idf), width, directions, options.seed)
+        used = int((values > MIN_SINGULAR_VALUE * values[0]).sum())
+        # Whitening: no few directions, such as those of style, decide the cosine.
+        basis = np.ascontiguousarray(vectors[:, :used] / values[:used])
     arrays = {"idf": idf, "basis": basis}
     everything = {**(facts or {}), "options": asdict(options), "documents": documents}
     write_model(path, kind=KIND, version=VERSION, arrays=arrays, facts=everything)
@@ -132,6 +135,7 @@ class HashedEmbedder:
         self.facts = file.facts
         self.sha256 = file.sha256
         self._bits = int(file.facts["options"]["bits"])
+        self._dimension = int(file.facts["options"]["dimension"])
         try:
             self._idf, self._basis = file.arrays["idf"], file.arrays["basis"]
         except KeyError as error:
@@ -142,18 +146,17 @@ class HashedEmbedder:
     @property
     def dimension(self) -> int:
         """Length of a vector."""
-        return int(self._basis.shape[1])
+        return self._dimension
 
     def embed(self, texts: Texts, *, precision: Precision = "float32") -> np.ndarray:
         """[N, dimension] of `precision`; rows have length 1, those of texts without known features are 0."""
-        rows = [
-            _weighted(_Sparse(*hashed_ngrams(texts.data, bounds, bits=self._bits)), self._idf).times(
-                self._basis
-            )
-            for bounds in _slices(texts.offsets, ROWS_AT_ONCE)
-        ]
-        vectors = np.concatenate(rows) if rows else np.empty((0, self.dimension), np.float32)
-        return _normalised(vectors).astype(precision)
+        vectors = np.zeros((len(texts), self.dimension), precision)
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            bounds = texts.offsets[start : start + ROWS_AT_ONCE + 1]
+            counts = _Sparse(*hashed_ngrams(texts.data, bounds, bits=self._bits))
+            rows = _normalised(_weighted(counts, self._idf).times(self._basis))
+            vectors[start : start + len(rows), : rows.shape[1]] = rows
+        return vectors
 
 
 class OnnxEmbedder:
@@ -260,19 +263,18 @@ def _weighted(counts: _Sparse, idf: np.ndarray) -> _Sparse:
 
 
 def _right_singular_vectors(
-    matrix: _Sparse, width: int, options: HashedOptions
+    matrix: _Sparse, width: int, count: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The leading singular values [dimension] of `matrix` and its right singular vectors [width,
-    dimension]; signs fixed, float32. Only the short side is made orthogonal in each power iteration: the
-    long one is costly."""
-    rank = min(options.dimension + OVERSAMPLING, len(matrix.starts) - 1)
-    draw = np.random.default_rng(options.seed).standard_normal((width, rank)).astype(np.float32)
+    """The leading singular values [count] of `matrix` and its right singular vectors [width, count]; signs
+    fixed, float32. Only the short side is made orthogonal in each power iteration: the long one is costly."""
+    rank = min(count + OVERSAMPLING, len(matrix.starts) - 1)
+    draw = np.random.default_rng(seed).standard_normal((width, rank)).astype(np.float32)
     across = draw
     for _ in range(POWER_ITERATIONS + 1):
         basis = np.linalg.qr(matrix.times(across))[0]
         across = matrix.transposed_times(np.ascontiguousarray(basis), width)
     squares, turn = np.linalg.eigh((across.T @ across).astype(np.float64))  # ascending
-    chosen = slice(-1, -options.dimension - 1, -1)
+    chosen = slice(-1, -count - 1, -1)
     values = np.sqrt(np.maximum(squares[chosen], MIN_NORM))
     vectors = across @ (turn[:, chosen] / values).astype(np.float32)
     largest = np.abs(vectors).argmax(axis=0)
@@ -281,8 +283,7 @@ def _right_singular_vectors(
 
 
 def _concatenated(parts: list[_Sparse]) -> _Sparse:
-    if not parts:
-        raise InputError("no documents to train on")
+    parts = parts or [_Sparse(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, np.float32))]
     ends = np.cumsum([0, *(len(part.values) for part in parts)])
     starts = [part.starts[:-1] + end for part, end in zip(parts, ends, strict=False)]
     return _Sparse(
@@ -290,11 +291,6 @@ def _concatenated(parts: list[_Sparse]) -> _Sparse:
         np.concatenate([part.columns for part in parts]),
         np.concatenate([part.values for part in parts]),
     )
-
-
-def _slices(offsets: np.ndarray, rows: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(offsets) - 1, rows):
-        yield offsets[start : start + rows + 1]
 
 
 def _normalised(vectors: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ class NearDuplicates:
     """Words of a shingle; a word is a Han, kana or Hangul character in scripts that use those."""
     threshold: float = 0.8
     """Least Jaccard similarity of the shingle sets of two duplicates."""
-    bands: int = 20
+    bands: int = 16
     """LSH bands: documents that agree in one of them are compared."""
     rows: int = 6
     """Hashes of a band; a signature has bands x rows."""

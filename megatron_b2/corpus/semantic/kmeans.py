@@ -71,19 +71,28 @@ def train_kmeans(
 ) -> KMeans:
     """Train centroids on rows of `vectors` (float16 or float32 [N, D]) and write them to `path`.
 
+    Of fewer rows than clusters each becomes a centroid; without rows there is one centroid of zeros.
+
     faiss runs with one thread: the same rows and options give the same centroids on the same kind of
     processor.
 
-    Raises InputError for fewer rows than clusters and for rows that are not finite, OutputError when faiss
-    is not installed.
+    Raises InputError for bad options and for rows that are not finite, OutputError when faiss is not
+    installed.
     """
     for name in ("clusters", "iterations", "max_points"):
         if getattr(options, name) < 1:
             raise InputError(f"{name} = {getattr(options, name)}: must be 1 or more")
-    if len(vectors) < options.clusters:
-        raise InputError(f"{len(vectors):,} vectors cannot form {options.clusters:,} clusters; ask for fewer")
-    sample = _sample(vectors, options)
-    rows = _checked(sample, vectors.shape[1])
+    rows = _checked(_sample(vectors, options), vectors.shape[1])
+    arrays = {"centroids": _centroids(rows, options)}
+    everything = {**(facts or {}), "options": asdict(options), "rows": len(rows)}
+    write_model(path, kind=KIND, version=VERSION, arrays=arrays, facts=everything)
+    return KMeans(path, verify=False)
+
+
+def _centroids(rows: np.ndarray, options: KMeansOptions) -> np.ndarray:
+    """float32 [clusters, D] of faiss, or all rows where there are no more."""
+    if len(rows) <= options.clusters:
+        return rows if len(rows) else np.zeros((1, rows.shape[1]), np.float32)
     with _one_thread() as faiss:
         kmeans = faiss.Kmeans(
             rows.shape[1],
@@ -95,10 +104,7 @@ def train_kmeans(
             max_points_per_centroid=options.max_points,
         )
         kmeans.train(rows)
-    arrays = {"centroids": np.ascontiguousarray(kmeans.centroids, np.float32)}
-    everything = {**(facts or {}), "options": asdict(options), "rows": len(rows)}
-    write_model(path, kind=KIND, version=VERSION, arrays=arrays, facts=everything)
-    return KMeans(path, verify=False)
+    return np.ascontiguousarray(kmeans.centroids, np.float32)
 
 
 def _sample(vectors: np.ndarray, options: KMeansOptions) -> np.ndarray:

@@ -1,9 +1,10 @@
 """A blocked Bloom filter: which hashes have been seen before, in a few bits each.
 
 When to use it: to tell whether text was in an *earlier* corpus whose records are not there any more, or are
-too many to sort again. It says "yes" wrongly at the chosen rate (some good text is lost) and never says "no"
-wrongly. Within one corpus, the exact grouping of `find_repeats` is the default: it has no errors, needs no
-size in advance, names the first occurrence, and does not depend on the order in which documents come.
+too many to sort again (`b2 corpus remember`, `exact.seen`). It says "yes" wrongly at the chosen rate (some
+good text is lost) and never says "no" wrongly. Within one corpus, the exact grouping of `find_repeats` is
+the default: it has no errors, needs no size in advance, names the first occurrence, and does not depend on
+the order in which documents come.
 
 All bits of a key are in one block of 512 bits (Putze, Sanders, Singler 2007, "Cache-, Hash- and
 Space-Efficient Bloom Filters"), which costs one access to memory and about a tenth more bits.
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -58,7 +60,15 @@ def _smallest(rate: float) -> tuple[float, int]:
 class BloomFilter:
     """Constant memory for up to `keys` hashes."""
 
-    def __init__(self, bits: np.ndarray, *, probes: int, keys: int, added: int = 0) -> None:
+    def __init__(
+        self,
+        bits: np.ndarray,
+        *,
+        probes: int,
+        keys: int,
+        added: int = 0,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self.bits = bits
         """uint64 [8 B]: B blocks."""
         self.probes = probes
@@ -66,6 +76,8 @@ class BloomFilter:
         """Different keys it was made for."""
         self.added = added
         """Keys that were put in and seemed new."""
+        self.facts = dict(facts or {})
+        """What the keys are, for the file; JSON values."""
 
     @classmethod
     def for_keys(cls, keys: int, *, false_positive_rate: float) -> Self:
@@ -106,8 +118,8 @@ class BloomFilter:
 
     def save(self, path: Path) -> None:
         """Write it, atomically. Raises OutputError if the disk refuses."""
-        facts = {"probes": self.probes, "keys": self.keys, "added": self.added, "words": len(self.bits)}
-        header = json.dumps(facts).encode().ljust(4096 - len(_MAGIC))
+        counts = {"probes": self.probes, "keys": self.keys, "added": self.added, "words": len(self.bits)}
+        header = json.dumps(counts | {"facts": self.facts}).encode().ljust(4096 - len(_MAGIC))
         with atomic_file(path) as stream:
             stream.write(_MAGIC + header)
             self.bits.tofile(stream)
@@ -123,8 +135,8 @@ class BloomFilter:
                 header = stream.read(4096)
             if not header.startswith(_MAGIC):
                 raise ValueError("it does not start as one")
-            facts = json.loads(header[len(_MAGIC) :])
-            bits = np.memmap(path, np.uint64, "c" if writable else "r", 4096, (int(facts["words"]),))
-            return cls(bits, probes=facts["probes"], keys=facts["keys"], added=facts["added"])
-        except (OSError, ValueError, KeyError) as error:
+            counts = json.loads(header[len(_MAGIC) :])
+            bits = np.memmap(path, np.uint64, "c" if writable else "r", 4096, (int(counts.pop("words")),))
+            return cls(bits, **counts)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not a Bloom filter: {error}") from None

@@ -35,7 +35,7 @@ class Cluster:
     """Topics, and duplicates by meaning; needs the stage `embed` before it."""
 
     clusters: int = 0
-    """Number of topics; 0: one for 200 documents, at most 4,096."""
+    """Number of topics, at most one a document; 0: one for 200 documents, at most 4,096."""
     threshold: float = 0.95
     """Cosine of two vectors of a topic from which on the documents say the same; 1 finds copies only."""
     seed: int = 0

@@ -1,22 +1,23 @@
 """`decontaminate`: documents that contain items of evaluation sets.
 
 An item and a document are compared by their words as `minhash` sees them: lower case, no punctuation, no
-spaces, so that an item is found however it is spaced, cased and punctuated. A document that has a run of
-`ngram` words of an item goes (Brown et al. 2020, appendix C, with 13 words); an item of fewer words counts
-when all of it is there.
+spaces, simplified Chinese characters, so that an item is found however it is spaced, cased and punctuated. A
+document that has a run of `ngram` words of an item goes (Brown et al. 2020, appendix C, with 13 words); an
+item of fewer words counts when all of it is there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from megatron_b2 import _cpu
+from megatron_b2.corpus.neighbours.han import characters
 from megatron_b2.corpus.neighbours.minhash import words
 from megatron_b2.corpus.pipeline.checked import read_table
 from megatron_b2.corpus.pipeline.stage import Context
@@ -42,7 +43,7 @@ class Decontaminate:
     ngram: int = 13
     """Words of a run that counts."""
     min_words: int = 8
-    """Items of fewer words are too common to be looked for; they are counted in the report."""
+    """Items of fewer words are too common to be looked for; `b2 corpus report` says how many."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_words <= self.ngram:
@@ -84,18 +85,23 @@ def _index(task: Task, _: Limits) -> Result:
         name = document.id or str(document.line)
         names.setdefault(length, []).append(f"{Path(document.path).name}:{name}")
     tables = [_runs(Texts.of(texts[length]), names[length], length) for length in sorted(texts)]
-    return Result([pa.concat_tables([_SCHEMA.empty_table(), *tables])], dict(facts))
+    table = pa.concat_tables([_SCHEMA.empty_table(), *tables])
+    return Result([table.replace_schema_metadata({name: str(count) for name, count in facts.items()})])
 
 
 _SCHEMA = pa.schema([("length", pa.int64()), ("hash", pa.uint64()), ("item", pa.string())])
 
 
 def _runs(texts: Texts, names: Sequence[str], length: int) -> pa.Table:
-    values, offsets = _cpu.shingle_sets(texts.data, texts.offsets, length=length)
+    values, offsets = _shingles(texts, length)
     owners = np.repeat(np.arange(len(names)), np.diff(offsets))
     hashes, first = np.unique(values, return_index=True)
     items = pa.array(names).take(pa.array(owners[first]))
     return pa.table([np.full(len(hashes), length), hashes, items], schema=_SCHEMA)
+
+
+def _shingles(texts: Texts, length: int) -> tuple[np.ndarray, np.ndarray]:
+    return _cpu.shingle_sets(texts.data, texts.offsets, length=length, characters=characters(True))
 
 
 def _search(task: Task, _: Limits) -> Result:
@@ -105,7 +111,7 @@ def _search(task: Task, _: Limits) -> Result:
     for length in np.unique(index.column("length").to_numpy()).tolist():
         runs = index.filter(pa.compute.equal(index.column("length"), length))
         hashes, items = runs.column("hash").to_numpy(), runs.column("item").to_pylist()
-        values, offsets = _cpu.shingle_sets(texts.data, texts.offsets, length=length)
+        values, offsets = _shingles(texts, length)
         where = np.minimum(np.searchsorted(hashes, values), len(hashes) - 1)
         hits = np.flatnonzero(hashes[where] == values)
         documents = np.searchsorted(offsets, hits, side="right") - 1
@@ -115,5 +121,5 @@ def _search(task: Task, _: Limits) -> Result:
     reason = [f"has evaluation item {items[0]}" if items else "" for items in found]
     named = [list(dict.fromkeys(items))[:MAX_ITEMS] for items in found]
     columns = {"items": pa.array(named, pa.list_(pa.string())), "runs": [len(items) for items in found]}
-    facts = {"settings": asdict(task.settings)}
+    facts = {name.decode(): int(count) for name, count in (index.schema.metadata or {}).items()}
     return Result([view.write("decontaminate", keep=keep, reason=reason, **columns)], facts)

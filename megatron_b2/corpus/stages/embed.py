@@ -36,7 +36,7 @@ class Embed:
     """Folder of a sentence-transformers model in ONNX form. None: hashed words and n-grams, weighted and
     reduced by a singular value decomposition that is trained on the corpus itself."""
     dimension: int = HashedOptions.dimension
-    """Length of our own vectors."""
+    """Length of our own vectors; no more of it is used than half as many numbers as there are documents."""
     sample: int = 5_000
     """Documents that our own features are trained on."""
 

@@ -1,13 +1,15 @@
 """`minhash`: near-duplicate documents, found by locality-sensitive hashing and proven by their exact Jaccard
 similarity; of a cluster the first document stays.
 
-Phases, each a shuffle of small records, none of which holds more than 8 bytes a document of the corpus:
+Phases, each a shuffle of small records. Only 3 and 6 look at the whole corpus; they hold 9 and 13 bytes a
+document of it, and a unit's or a file's records at a time:
 
 1. each unit: signatures, and their records by band and range of hashes
 2. each partition of records: pairs to compare
 3. all pairs: connected components, so that what must be compared can come together
 4. each unit: shingle sets of the documents in pairs, by component; each partition: pairs, by component
-5. each part of the components: exact similarities, and the pairs that reach the threshold
+5. each part of the components: exact similarities, and the pairs that reach the threshold; however large a
+   component is, its shingle sets are compared in blocks that fit the memory
 6. all of these: clusters
 7. each unit: verdicts
 """
@@ -25,18 +27,20 @@ from megatron_b2.corpus.neighbours.clusters import components
 from megatron_b2.corpus.neighbours.lsh import candidate_pairs, distinct_pairs, hash_ranges, records
 from megatron_b2.corpus.neighbours.minhash import signatures
 from megatron_b2.corpus.neighbours.settings import NearDuplicates
-from megatron_b2.corpus.neighbours.verify import ShingleSets, verified
-from megatron_b2.corpus.pipeline.checked import read_part, read_parts, read_table
-from megatron_b2.corpus.pipeline.shuffle import by_hash, by_unit
+from megatron_b2.corpus.neighbours.verify import Edges, ShingleSets, verified
+from megatron_b2.corpus.pipeline.checked import part_bytes, read_part, read_parts, read_table
+from megatron_b2.corpus.pipeline.shuffle import by_hash
 from megatron_b2.corpus.pipeline.stage import Context, Unit
 from megatron_b2.corpus.pipeline.tasks import Limits, Result, Task
 from megatron_b2.corpus.pipeline.view import read_view
 from megatron_b2.documents.texts import Texts
 
-PARTITION_BYTES = 1 << 30
-"""Memory to group one partition of records."""
+PARTITION_BYTES = 1 << 28
+"""Memory to group one partition of records, whatever the limit: the files must not depend on it."""
 DOCUMENTS_A_PART = 100_000
 """Of phase 5."""
+BLOCK_SHARE = 4
+"""A block of phase 5 takes this part of the memory; two are held at a time, beside their pairs."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class MinHash(NearDuplicates):
         inputs = tuple(task.output for task in (*sets, *moved))
         compare = [
             context.task(f"compare {part}", _compare, given, inputs, f"edges-{part:05}.parquet")
-            for part, given in enumerate(_Compare(self, q, len(sets)) for q in range(parts))
+            for part, given in enumerate(_Compare(self, q, context.units) for q in range(parts))
         ]
         yield compare
         edges = tuple(task.output for task in compare)
@@ -122,8 +126,8 @@ class _Whole:
 class _Compare:
     settings: NearDuplicates
     part: int
-    sets: int
-    """How many of the inputs hold shingle sets; the others hold pairs."""
+    units: tuple[Unit, ...]
+    """The first inputs hold the shingle sets of one each; the others hold pairs."""
 
 
 def _sign(task: Task, _: Limits) -> Result:
@@ -160,9 +164,14 @@ def _bring_together(task: Task, _: Limits) -> Result:
     is_in_pair = np.zeros(len(whole), bool)
     for pairs in _all_pairs(task.inputs):
         is_in_pair[pairs] = True
-    documents = np.flatnonzero(is_in_pair)
-    table = pa.table({"document": documents, "component": whole[documents]})
-    return Result(by_unit(table, "document", given.units))
+    return Result(_by_unit(is_in_pair, given.units, component=whole))
+
+
+def _by_unit(chosen: np.ndarray, units: Sequence[Unit], **columns: np.ndarray) -> Iterator[pa.Table]:
+    """A table a unit of its `chosen` documents; bool [N] and columns [N], of the whole corpus."""
+    for unit in units:
+        documents = unit.first + np.flatnonzero(chosen[unit.first : unit.first + unit.documents])
+        yield pa.table({"document": documents, **{name: all_[documents] for name, all_ in columns.items()}})
 
 
 def _shingle(task: Task, _: Limits) -> Result:
@@ -180,33 +189,84 @@ def _shingle(task: Task, _: Limits) -> Result:
 def _move(task: Task, _: Limits) -> Result:
     given: _Partition = task.settings
     pairs = _pairs_of(read_table(task.inputs[0]))
-    known = read_parts(task.inputs[1])
-    index = np.searchsorted(known.column("document").to_numpy(), pairs[:, 0])
-    table = _pair_table(pairs, component=known.column("component").to_numpy()[index])
-    return Result(by_hash(table, "component", given.parts))
+    component = np.empty(len(pairs), np.int64)
+    for known in read_parts(task.inputs[1]):  # both are sorted
+        documents = known.column("document").to_numpy()
+        if len(documents):
+            begin, end = np.searchsorted(pairs[:, 0], [documents[0], documents[-1] + 1])
+            index = np.searchsorted(documents, pairs[begin:end, 0])
+            component[begin:end] = known.column("component").to_numpy()[index]
+    return Result(by_hash(_pair_table(pairs, component=component), "component", given.parts))
 
 
-def _compare(task: Task, _: Limits) -> Result:
+def _compare(task: Task, limits: Limits) -> Result:
+    """Every block of documents with itself and with those behind it."""
     given: _Compare = task.settings
-    sets = [ShingleSets.of_arrow(read_part(path, given.part)) for path in task.inputs[: given.sets]]
-    moved = [_pairs_of(read_part(path, given.part)) for path in task.inputs[given.sets :]]
-    edges = verified(distinct_pairs(moved), sets, given.settings)
-    return Result([_pair_table(edges.pairs, jaccard=edges.jaccard)])
+    sets, moved = task.inputs[: len(given.units)], task.inputs[len(given.units) :]
+    blocks = _blocks(sets, given.part, limits.memory // BLOCK_SHARE)
+    edges = [Edges(np.empty((0, 2), np.int64), np.empty(0))]
+    for number in range(len(blocks)):
+        edges += _edges(given, sets, moved, blocks[number:])
+    table = _pair_table(
+        np.concatenate([found.pairs for found in edges]),
+        jaccard=np.concatenate([found.jaccard for found in edges]),
+    )
+    return Result([table.sort_by([("left", "ascending"), ("right", "ascending")])])
+
+
+def _edges(
+    given: _Compare, sets: Sequence[Path], moved: Sequence[Path], blocks: Sequence[range]
+) -> Iterator[Edges]:
+    """Of the documents of the first block with one another and with those of the other blocks."""
+    begin, end = _documents(given.units, blocks[0])
+    found = (_pairs_of(read_part(path, given.part)) for path in moved)
+    candidates = distinct_pairs([pairs[(begin <= pairs[:, 0]) & (pairs[:, 0] < end)] for pairs in found])
+    mine = _sets(sets, given.part, blocks[0])
+    for block in blocks:
+        begin, end = _documents(given.units, block)
+        chosen = candidates[(begin <= candidates[:, 1]) & (candidates[:, 1] < end)]
+        if len(chosen):
+            theirs = _sets(sets, given.part, block if block is not blocks[0] else range(0))
+            yield verified(chosen, [*mine, *theirs], given.settings)
+            del theirs  # before the next ones are read
+
+
+def _sets(paths: Sequence[Path], part: int, block: range) -> list[ShingleSets]:
+    return [ShingleSets.of_arrow(read_part(paths[unit], part)) for unit in block]
+
+
+def _blocks(paths: Sequence[Path], part: int, most: int) -> list[range]:
+    """Units in a row whose shingle sets take `most` bytes together, or one unit whose sets take more."""
+    blocks: list[range] = []
+    size = 0
+    for unit, path in enumerate(paths):
+        size += (more := part_bytes(path, part))
+        if not blocks or size > most:
+            blocks.append(range(unit, unit))
+            size = more
+        blocks[-1] = range(blocks[-1].start, unit + 1)
+    return blocks
+
+
+def _documents(units: Sequence[Unit], block: range) -> tuple[int, int]:
+    """The first document of a block, and the one behind its last."""
+    last = units[block[-1]]
+    return units[block[0]].first, last.first + last.documents
 
 
 def _cluster(task: Task, _: Limits) -> Result:
-    """Cluster of each document that has duplicates, and its largest similarity to an earlier one, by unit."""
+    """Cluster of each document but the first of it, and its largest similarity to an earlier one, by unit."""
     given: _Whole = task.settings
     whole = components(_all_pairs(task.inputs), sum(unit.documents for unit in given.units))
     similarity = np.zeros(len(whole), np.float32)
     for path in task.inputs:
         table = read_table(path)
         np.maximum.at(similarity, table.column("right").to_numpy(), table.column("jaccard").to_numpy())
-    is_single = whole == np.arange(len(whole))
-    is_single[whole[~is_single]] = False
-    documents = np.flatnonzero(~is_single)
-    columns = {"document": documents, "cluster": whole[documents], "similarity": similarity[documents]}
-    return Result(by_unit(pa.table(columns), "document", given.units))
+    is_later = np.zeros(len(whole), bool)
+    for unit in given.units:
+        documents = np.arange(unit.first, unit.first + unit.documents)
+        is_later[documents] = whole[documents] != documents
+    return Result(_by_unit(is_later, given.units, cluster=whole, similarity=similarity))
 
 
 def _judge(task: Task, _: Limits) -> Result:

@@ -71,6 +71,9 @@ class Safety:
                 words += _read_words(Path(path))
             except OSError as error:
                 problems.append(f"safety.word_lists: {path} cannot be read: {error.strerror}")
+            except UnicodeDecodeError as error:
+                where = f"{error.reason} at byte {error.start}"
+                problems.append(f"safety.word_lists: {path} is not UTF-8: {where}")
         content = ""
         if self.classifier:
             try:

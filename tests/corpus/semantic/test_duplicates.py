@@ -92,6 +92,16 @@ def jaccard(a: str, b: str, shingle: int = 5) -> float:
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
+def test_paraphrases_in_a_corpus_smaller_than_the_vectors_are_long(tmp_path: Path) -> None:
+    """With a direction for each document every two would be orthogonal, and none would say the same."""
+    originals, paraphrases = paraphrased_documents(25)
+    texts = Texts.of([*originals, *paraphrases, *list(dict.fromkeys(english_documents()))[:50]])
+    vectors = train_hashed([texts], tmp_path / "e", HashedOptions(bits=16)).embed(texts)
+    found = find_semantic_duplicates(vectors, np.zeros(100, int), threshold=0.85)
+    assert (found.duplicate_of[25:50] == np.arange(25)).mean() > 0.9
+    assert found.kept[:25].all()
+
+
 def test_planted_paraphrases_that_minhash_misses(tmp_path: Path) -> None:
     """150 documents, a paraphrase of each, and 300 sections of Python's reference (some of which say the same, too:
     they are there to be in the way, not to be judged)."""

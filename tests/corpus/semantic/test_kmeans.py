@@ -72,10 +72,21 @@ def test_same_rows_give_the_same_bytes(tmp_path: Path) -> None:
     assert not np.array_equal(model.centroids, KMeans(tmp_path / "c").centroids)
 
 
+def test_fewer_rows_than_clusters(tmp_path: Path) -> None:
+    """Each row is a cluster of its own; without rows there is one, which takes whatever comes later."""
+    rows = np.eye(8, dtype=np.float32)[:5]
+    model = train_kmeans(rows, tmp_path / "k", KMeansOptions(clusters=9))
+    assert len(model.centroids) == 5
+    clusters, nearness = model.assign(rows)
+    assert sorted(clusters) == [0, 1, 2, 3, 4]
+    np.testing.assert_allclose(nearness, 1, atol=1e-6)
+    nothing = train_kmeans(rows[:0], tmp_path / "none", KMeansOptions(clusters=9))
+    assert nothing.centroids.shape == (1, 8)
+    assert nothing.assign(rows)[0].tolist() == [0] * 5
+
+
 def test_errors(tmp_path: Path) -> None:
     rows, _ = blobs()
-    with pytest.raises(InputError, match="600 vectors cannot form 601 clusters"):
-        train_kmeans(rows, tmp_path / "k", KMeansOptions(clusters=601))
     with pytest.raises(InputError, match="clusters = 0"):
         train_kmeans(rows, tmp_path / "k", KMeansOptions(clusters=0))
     bad = rows.copy()
