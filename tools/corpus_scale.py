@@ -21,7 +21,7 @@ import tyro
 from megatron_b2.corpus.pipeline.report import make_report
 
 TERA, GIGA = 1e12, 1e9
-DRIVER_BYTES, UNION_BYTES = 24, 9
+LARGEST_BYTES, UNION_BYTES = 16, 13
 """For each document of the corpus: of any process, at most (docs/corpus-pipeline.md); of union-find."""
 
 
@@ -109,7 +109,7 @@ def sizes(measured: Measured, options: Options, tokens: float) -> dict[str, floa
         "hours_on_all_cores": hours / options.cores,
         **{f"{name}_tb": size * factor / TERA for name, size in measured.folders.items()},
         "union_find_gb": UNION_BYTES * documents / GIGA,
-        "largest_process_gb": DRIVER_BYTES * documents / GIGA,
+        "largest_process_gb": LARGEST_BYTES * documents / GIGA,
     }
 
 

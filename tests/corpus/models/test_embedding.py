@@ -78,7 +78,8 @@ def tf_idf(texts: Texts, bits: int) -> np.ndarray:
     kept = (documents >= 2) & (documents <= 0.5 * len(texts))
     idf = np.where(kept, np.log((1 + len(texts)) / (1 + documents)) + 1, 0)
     weighted = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0) * idf
-    return weighted / np.linalg.norm(weighted, axis=1, keepdims=True)
+    rows: np.ndarray = weighted / np.linalg.norm(weighted, axis=1, keepdims=True)
+    return rows
 
 
 def test_embedding_is_the_whitened_svd_of_the_tf_idf_matrix(tmp_path: Path) -> None:
