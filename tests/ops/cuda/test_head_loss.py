@@ -20,7 +20,8 @@ from megatron_b2.testing.fork import run_ranks
 from megatron_b2.testing.kernels import cpu_shim
 from megatron_b2.testing.kernels import head_loss as kit
 from megatron_b2.testing.kernels.cpu_shim import Shim, kernels_on_cpu
-from tests.ops.triton.test_head_loss import LARGE, Allocations, Collectives, inputs, run, size_of
+from tests.ops.triton.test_head_loss import Collectives, inputs, run
+from tests.ops.triton.test_head_sizes import LARGE, Allocations, size_of
 
 needs_shim = pytest.mark.skipif(bool(cpu_shim.missing()), reason=cpu_shim.missing())
 SCALES = {"ce_scale": 0.3, "z_scale": 0.1}
