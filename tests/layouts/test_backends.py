@@ -94,7 +94,7 @@ def test_the_backward_pass_of_the_triton_head_works_with_what_is_planned() -> No
             def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
                 nonlocal most
                 out = super().__torch_dispatch__(func, types, args, kwargs)
-                most = max(most, self.total(without=own))
+                most = max(most, self.bytes_of(self.alive_now() - own))
                 return out
 
         with Peak():

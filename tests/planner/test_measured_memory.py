@@ -87,15 +87,6 @@ class Scale:
             return self.engine._zero_state._flat_masters()
         return list(self.engine._masters.values())
 
-    def alive(self) -> set[int]:
-        """Storages that have memory."""
-        gc.collect()
-        found = {key: storage() for key, (storage, _) in self.live.storages.items()}
-        return {key for key, storage in found.items() if storage is not None and storage.device.type == "cpu"}
-
-    def bytes_of(self, keys: set[int]) -> int:
-        return sum(self.live.storages[key][1] for key in keys)
-
     def weights(self) -> set[int]:
         """Parameters as the model computes with them, and their ZeRO-3 partitions."""
         parameters = list(self.engine.module.parameters())
@@ -108,25 +99,25 @@ class Scale:
         return storages(tree_leaves([bucket.buffer for bucket in buckets]))
 
     def begin(self, *_: Any) -> None:
-        self.before = self.alive()
+        self.before = self.live.alive()
 
     def after_forward(self, *_: Any) -> None:
         """A stage has gone forward: what it has kept is alive, and what other micro-batches keep."""
         weights = self.weights()
-        self.found.weights = max(self.found.weights, self.bytes_of(weights))
+        self.found.weights = max(self.found.weights, self.live.bytes_of(weights))
         gradients = storages([parameter.grad for parameter in self.engine.module.parameters()])
-        kept = self.alive() - self.before - weights - gradients - self.buffers()
-        self.found.activations = max(self.found.activations, self.bytes_of(kept))
+        kept = self.live.alive() - self.before - weights - gradients - self.buffers()
+        self.found.activations = max(self.found.activations, self.live.bytes_of(kept))
 
     def after_backward(self, *_: Any) -> None:
         """The first parameter has its gradient, which is the last of a backward pass: what is left is
         gradients."""
-        found = self.bytes_of(self.alive() - self.optimizer - self.weights() - self.buffers())
+        found = self.live.bytes_of(self.live.alive() - self.optimizer - self.weights() - self.buffers())
         self.found.gradients = max(found, self.found.gradients)
 
     def before_update(self) -> None:
         """Some gradients have only been gathered now, others are gone."""
-        self.found.optimizer = self.bytes_of(self.optimizer - self.weights())
+        self.found.optimizer = self.live.bytes_of(self.optimizer - self.weights())
         self.after_backward()
 
 
