@@ -161,17 +161,17 @@ def _report(command: Report) -> int:
 
     report = make_report(command.work)
     rows = [
-        (name, f"{documents:,}", f"{of_documents:.2f}", f"{of_bytes:.2f}", reasons)
+        (name, f"{documents:,}", f"{of_documents:.2f}", f"{of_bytes:.2f}", "\n".join(reasons[:3]))
         for name, documents, of_documents, of_bytes, reasons in rows_of(report.total)
     ]
-    _print_table(("", "documents", "% of raw documents", "% of raw bytes", "reasons"), rows)
+    _print_table(("", "documents", "% of raw", "% of raw bytes", "main reasons"), rows)
     kept = [
         (name, f"{f.raw.bytes / 1e6:,.2f}", f"{100 * f.kept.bytes / max(f.raw.bytes, 1):.1f}")
         for name, f in report.languages.items()
     ]
     _print_table(("language", "raw MB", "% of bytes kept"), kept)
-    for stage, facts in report.facts.items():
-        print(f"{stage}: {', '.join(f'{name} = {value}' for name, value in facts.items())}")
+    for line in report.fact_lines():
+        print(line)
     picture, page = command.out / "funnel.png", command.out / "report.html"
     write_json(command.out / "report.json", report.to_dict())
     draw_funnel(report, picture)
@@ -253,7 +253,7 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(titles[0], box=box.SIMPLE_HEAD)
     for title in titles[1:]:
-        is_text = title == "reasons"
+        is_text = title == "main reasons"
         table.add_column(title, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)

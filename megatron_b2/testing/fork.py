@@ -13,6 +13,7 @@ through shared memory and no port is reserved: the ranks meet in a file.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -135,6 +136,7 @@ def _child(
     args: tuple[Any, ...],
 ) -> None:
     """Body of one rank. Leaves by os._exit: no atexit handler of the parent runs twice."""
+    gc.freeze()  # what the parent has made is not searched for garbage, and its pages stay shared
     try:
         torch.set_num_threads(1)
         LaunchEnvironment(

@@ -8,7 +8,6 @@ import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_b2.corpus.pipeline.checked import read_table
 from megatron_b2.corpus.pipeline.report import Funnel, Report, State
@@ -95,11 +94,11 @@ def _left(funnel: Funnel) -> list[int]:
     return left
 
 
-def rows_of(funnel: Funnel) -> Iterator[tuple[str, int, float, float, str]]:
-    """Table rows: name, documents, % of raw documents, % of raw bytes, main reasons."""
+def rows_of(funnel: Funnel) -> Iterator[tuple[str, int, float, float, list[str]]]:
+    """Table rows: name, documents, % of raw documents, % of raw bytes, reasons, most documents first."""
     plain = funnel.to_dict()
     for name, row in [("raw", plain["raw"]), *plain["stages"].items(), ("kept", plain["kept"])]:
-        reasons = ", ".join(f"{reason} {count:,}" for reason, count in row.get("reasons", {}).items())
+        reasons = [f"{reason} {count:,}" for reason, count in row.get("reasons", {}).items()]
         yield name, row["documents"], row["percent_of_documents"], row["percent_of_bytes"], reasons
 
 
@@ -117,10 +116,10 @@ def write_page(report: Report, shown: Mapping[str, list[Example]], picture: Path
             title = f"<b>{html.escape(example.id)}</b>: {html.escape(example.reason)}"
             parts.append(f"<p>{title}</p><pre>{html.escape(example.excerpt)}</pre>")
     parts.append(_sources(report.sources))
-    if report.messages:
-        parts.append("<h2>Input records that could not be read</h2><ul>")
-        parts += [f"<li>{html.escape(message)}</li>" for message in report.messages]
-        parts.append("</ul>")
+    parts.append("<h2>Counted beside</h2><ul>")
+    parts.append(f"<li>input: malformed = {report.malformed:,}, empty = {report.empty:,}</li>")
+    parts += [f"<li>{html.escape(line)}</li>" for line in [*report.fact_lines(), *report.messages]]
+    parts.append("</ul>")
     with atomic_file(path) as file:
         file.write("\n".join(parts).encode())
 
@@ -129,8 +128,8 @@ def _table(title: str, funnel: Funnel) -> str:
     heads = ("", "documents", "% of documents", "% of bytes", "reasons")
     lines = [f"<h2>{html.escape(title)}</h2>", f"<table><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr>"]
     for name, documents, of_documents, of_bytes, reasons in rows_of(funnel):
-        cells: tuple[Any, ...] = (name, f"{documents:,}", f"{of_documents:.2f}", f"{of_bytes:.2f}", reasons)
-        lines.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+        cells = (name, f"{documents:,}", f"{of_documents:.2f}", f"{of_bytes:.2f}", ", ".join(reasons))
+        lines.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     return "\n".join([*lines, "</table>"])
 
 

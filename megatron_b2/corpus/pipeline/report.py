@@ -101,6 +101,13 @@ class Report:
             "facts": self.facts,
         }
 
+    def fact_lines(self) -> list[str]:
+        """One line for each stage that counts something beside documents."""
+        return [
+            f"{stage}: {', '.join(f'{name} = {value}' for name, value in facts.items())}"
+            for stage, facts in self.facts.items()
+        ]
+
 
 @dataclass(frozen=True)
 class State:

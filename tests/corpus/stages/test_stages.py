@@ -186,6 +186,8 @@ def test_report_and_mix_by_command(folder: Path, capsys: pytest.CaptureFixture[s
     page = (folder / "report" / "report.html").read_text()
     assert "near-duplicate" in page
     assert "good-3" in page
+    assert "input: malformed = 1, empty = 0" in page
+    assert "decontaminate: items = " in page
     assert main(["corpus", "mix", work, "--out", str(out), "--workers", "1"]) == 0
     summary = json.loads((out / "mix.json").read_text())["groups"]
     kept = make_report(folder / "work").total.kept
