@@ -248,7 +248,8 @@ def judge(constants: Constants) -> list[Judged]:
 
 
 def bands(judged: Sequence[Judged]) -> dict[str, float]:
-    """Error that nine in ten held-out rows kept, by regime of the time, and of the memory."""
+    """What nine in ten held-out rows kept, by regime of the time, and of the memory: |measured / predicted
+    - 1|, since a band stands around the prediction."""
     found: dict[str, list[float]] = {}
     for item in judged:
         prediction, run = item.prediction, item.prediction.run
@@ -256,10 +257,15 @@ def bands(judged: Sequence[Judged]) -> dict[str, float]:
             assert run.workload is not None
             assert run.cluster is not None
             regime = regime_of(run.workload, run.cluster)
-            found.setdefault(regime, []).append(abs(prediction.time_error))
+            found.setdefault(regime, []).append(_away(prediction.time_error))
         if prediction.memory_error is not None and not item.fitted_memory:
-            found.setdefault("memory", []).append(abs(prediction.memory_error))
+            found.setdefault("memory", []).append(_away(prediction.memory_error))
     return {name: round(_quantile(errors), 3) for name, errors in found.items()}
+
+
+def _away(error: float) -> float:
+    """|measured / predicted - 1| of predicted / measured - 1."""
+    return abs(1 / (1 + error) - 1)
 
 
 def _quantile(errors: Sequence[float]) -> float:
@@ -339,7 +345,7 @@ def _lines(constants: Constants, judged: Sequence[Judged]) -> Iterator[str]:
         yield f"# fitted on {origin[name]}"
         yield f"{name} = {getattr(constants, name):.4g}"
     yield ""
-    yield "# Relative error that nine in ten held-out rows kept."
+    yield "# |measured / predicted - 1| that nine in ten held-out rows kept."
     yield "[bands]"
     for name, band in bands(judged).items():
         yield f"{toml_value(name)} = {band}"

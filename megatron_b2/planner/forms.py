@@ -9,11 +9,12 @@ import re
 from dataclasses import replace
 from typing import Final
 
-from megatron_b2.planner.flops import seconds_from_tflops, step_flops
-from megatron_b2.planner.hardware import load_hardware
-from megatron_b2.planner.megatron_rows import LARGEST_MICRO, is_possible
+from megatron_b2.planner.flops import Convention, seconds_from_tflops, step_flops
+from megatron_b2.planner.hardware import Cluster, load_hardware
+from megatron_b2.planner.megatron_rows import FP8, LARGEST_MICRO, is_possible, shape_of
 from megatron_b2.planner.models import MODELS, known_model, llama_named
 from megatron_b2.planner.rows import (
+    THOUSANDS,
     PublishedRun,
     Row,
     RowError,
@@ -25,6 +26,7 @@ from megatron_b2.planner.rows import (
     positive,
     ran_out,
     recompute_of,
+    stage_of,
     whole,
 )
 from megatron_b2.planner.workload import ModelShape, Recompute, Workload
@@ -156,15 +158,11 @@ def _by_stated_work(work: Workload, row: Row, assumed: list[str]) -> Workload:
 def fsdp_run(row: Row) -> PublishedRun:
     """A row of llm-foundry's or torchtitan's tables."""
     text = " ".join((row.get("parallel", ""), row.get("notes", "")))
-    if re.search(r"fp8|float8", text, re.IGNORECASE):
+    if re.search(FP8, text, re.IGNORECASE):
         raise RowError("fp8 is not modelled")
     cluster, assumed = cluster_of(row), list[str]()
-    size = positive(row, "params")
-    shape = known_model(row["model"], size)
-    if shape is None:
-        raise RowError(f"model {row['model']!r} is not in {MODELS}")
-    if size is None and len(llama_named(row["model"])) > 1:
-        assumed.append("the oldest Llama of this size")
+    size = positive(row, "params", THOUSANDS)
+    shape = _fsdp_shape(row, size, assumed)
     last: tuple[Workload, list[str]] | None = None
     for micro in _micro_batches(row):
         for kind in _recomputations(row):
@@ -176,22 +174,47 @@ def fsdp_run(row: Row) -> PublishedRun:
         break
     assert last is not None
     work, notes = last
-    rate, seconds = positive(row, "tok_s_gpu"), None
-    if rate is not None:
-        seconds = work.tokens_per_step / work.gpus / rate
-    elif (share := positive(row, "mfu")) is not None:
-        seconds = seconds_from_tflops(work, share / 100 * cluster.gpu.peak_flops / 1e12, "llm-foundry")
     return PublishedRun(
         form="fsdp",
         row=0,
         source=row.get("source", ""),
         workload=work,
         cluster=cluster,
-        measured_time=seconds,
+        measured_time=_fsdp_time(row, work, cluster),
         measured_memory=memory_of(row),
         out_of_memory=ran_out(row),
         assumed=(*assumed, *notes),
     )
+
+
+def _fsdp_shape(row: Row, size: float | None, assumed: list[str]) -> ModelShape:
+    """The model by its name, by its columns, or by its parameters alone."""
+    name = row["model"]
+    named = known_model(name)
+    if named is not None:
+        if size is None and len(llama_named(name)) > 1:
+            assumed.append("the oldest Llama of this size")
+        return known_model(name, size) or named
+    if whole(row, "hidden") is not None:
+        return shape_of(row, assumed)
+    shape = known_model(name, size)
+    if shape is None:
+        raise RowError(f"model {name!r} is not in {MODELS}: add columns hidden, layers and heads")
+    assumed.append("the shape of a public model with as many parameters")
+    return shape
+
+
+def _fsdp_time(row: Row, work: Workload, cluster: Cluster) -> float | None:
+    """Seconds a step: of tokens/s, or of MFU or HFU, a percentage or a share of the data sheet's peak."""
+    rate = positive(row, "tok_s_gpu", THOUSANDS)
+    if rate is not None:
+        return work.tokens_per_step / work.gpus / rate
+    conventions: tuple[tuple[str, Convention], ...] = (("mfu", "llm-foundry"), ("hfu", "llm-foundry-hfu"))
+    peak = load_hardware(cluster.gpu.name).gpu.peak_flops / 1e12
+    for name, convention in conventions:
+        if (share := positive(row, name)) is not None:
+            return seconds_from_tflops(work, share / (100 if share > 1 else 1) * peak, convention)
+    return None
 
 
 def _fsdp_split(row: Row) -> tuple[int, int, int, int]:
@@ -204,11 +227,14 @@ def _fsdp_split(row: Row) -> tuple[int, int, int, int]:
 
 
 def _micro_batches(row: Row) -> list[int]:
-    """The micro-batch of the row, else all that its batch allows, from the largest down."""
+    """The micro-batch of the row, else all that its batch allows, from the largest down. With a pipeline that
+    it leaves idle, it is the batch of a data rank, of which one sequence goes at a time (torchtitan)."""
     given, batch = whole(row, "mbs"), whole(row, "gbs")
+    _, p, _, data = _fsdp_split(row)
     if given is not None:
-        return [given]
-    share = batch // _fsdp_split(row)[3] if batch else LARGEST_MICRO
+        rounds = batch // (given * data) if batch else whole(row, "gradaccum") or 1
+        return [given] if p == 1 or rounds >= p else [1]
+    share = batch // data if batch else LARGEST_MICRO
     return [micro for micro in range(min(share, LARGEST_MICRO), 1, -1) if share % micro == 0] + [1]
 
 
@@ -221,13 +247,17 @@ def _recomputations(row: Row) -> tuple[Recompute, ...]:
 def _fsdp_workload(row: Row, shape: ModelShape, micro: int, kind: Recompute) -> tuple[Workload, list[str]]:
     """The workload, and what of it the row does not say."""
     t, p, c, data = _fsdp_split(row)
-    given = whole(row, "gbs") or micro * data * (whole(row, "gradaccum") or 1)
+    given = whole(row, "gbs") or (whole(row, "mbs") or micro) * data * (whole(row, "gradaccum") or 1)
     batch, note = fitted_batch(given, micro=micro, data=data)
-    if whole(row, "mbs") is None:
+    if whole(row, "mbs") != micro:
         note.append(f"micro-batch {micro}")
     if recompute_of(row["act_ckpt"]) is None:
         note.append(f"recompute {kind}")
+    if re.search(r"HSDP|hybrid", row["parallel"], re.IGNORECASE):
+        note.append("parameters sharded over all data ranks")
     is_foundry = "foundry" in row.get("source", "").lower()
+    named = stage_of(row["parallel"])
+    stage = 3 if named is None else named
     work = Workload(
         shape=shape,
         seq_len=needed(row, "seq"),
@@ -237,7 +267,7 @@ def _fsdp_workload(row: Row, shape: ModelShape, micro: int, kind: Recompute) -> 
         pipeline=p,
         context=c,
         data=data,
-        zero_stage=1 if p > 1 else 3,
+        zero_stage=1 if p > 1 and stage > 1 else stage,
         zero_engine="fsdp",
         recompute=kind,
         attention="flash-1" if is_foundry else "fused",

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from megatron_b2.errors import ConfigError
 from megatron_b2.planner.flops import Convention, seconds_from_tflops
 from megatron_b2.planner.hardware import Cluster
 from megatron_b2.planner.memory import predict_memory
-from megatron_b2.planner.models import llama_shape
+from megatron_b2.planner.models import known_model, llama_shape
 from megatron_b2.planner.rows import (
+    SECONDS,
     PublishedRun,
     Row,
     RowError,
@@ -28,6 +29,7 @@ from megatron_b2.planner.rows import (
     positive,
     ran_out,
     recompute_of,
+    stage_of,
     whole,
 )
 from megatron_b2.planner.workload import ModelShape, Recompute, Workload
@@ -36,8 +38,10 @@ SC21: Final = r"SC'?21|2104\.04473|Narayanan"
 """How sources name the paper whose TFLOP/s count recomputation (equation 3) and whose program was of 2021."""
 KORTHIKANTI: Final = r"Korthikanti|2205\.05198"
 """How sources name the paper on sequence parallelism and selective recomputation, of 2022."""
-ZERO_3: Final = r"zero[-_ ]?3|fsdp|full[-_ ]shard"
-"""How sources name sharded parameters."""
+FSDP: Final = r"fsdp|full[-_ ]shard"
+"""How sources name the parameters that PyTorch shards."""
+FP8: Final = r"fp8|float8"
+"""How sources name products of 8 bits."""
 LARGEST_MICRO: Final = 64
 """Sequences of the largest micro-batch that is assumed."""
 TENSOR: Final = (1, 2, 4, 8)
@@ -75,7 +79,9 @@ def megatron_run(row: Row) -> PublishedRun:
     text = f"{row.get('source', '')} {row.get('notes', '')}"
     if any(number(row.get(name, "")) not in (None, 0.0, 1.0) for name in ("ep", "experts")):
         raise RowError("expert parallelism is not modelled")
-    shape = _shape_of(row, assumed)
+    if re.search(FP8, " ".join(row.values()), re.IGNORECASE):
+        raise RowError("fp8 is not modelled")
+    shape = shape_of(row, assumed)
     source = Source(row, text, cluster, shape, megatron_program(row, text, cluster, assumed))
     work, notes = _chosen(source)
     return PublishedRun(
@@ -243,22 +249,27 @@ def _virtual_stages(source: Source, *, pipeline: int, data: int, micro: int, ass
     if pipeline == 1:
         return 1
     each = max(1, layers // pipeline)
+    rounds = needed(row, "gbs") / (data * micro)
+    if rounds % pipeline:
+        return 1
     if not is_llama_3(source.row):
         is_late = not source.is_sharded and _year(source.text) >= 2023
-        rounds = needed(row, "gbs") / (data * micro)
-        if not is_late or layers % pipeline or rounds % pipeline or each < 3:
+        if not is_late or layers % pipeline or each < 3:
             return 1
         each = each // 2 if each % 2 == 0 else each
     assumed.append(f"virtual stages {each}")
     return each
 
 
-def _shape_of(row: Row, assumed: list[str]) -> ModelShape:
-    """The shape that the columns give; the Llama family has its own."""
+def shape_of(row: Row, assumed: list[str]) -> ModelShape:
+    """The shape that the columns give; the Llama family, and public models that are named, have their own."""
     names = (row.get("source", ""), row.get("model", ""), row.get("notes", ""))
     if any("llama" in name.lower() for name in names):
         return llama_shape(row, assumed)
     hidden, heads = needed(row, "hidden"), whole(row, "heads")
+    known = known_model(row.get("model", ""))
+    if known is not None and (known.hidden_size, known.num_layers) == (hidden, needed(row, "layers")):
+        return replace(known, vocab_size=whole(row, "vocab") or known.vocab_size)
     if heads is None:
         heads = max(1, hidden // 128)
         assumed.append(f"{heads} heads")
@@ -268,6 +279,7 @@ def _shape_of(row: Row, assumed: list[str]) -> ModelShape:
         num_layers=needed(row, "layers"),
         num_heads=heads,
         vocab_size=whole(row, "vocab") or 51_200,
+        kv_heads=whole(row, "kv_heads") or 0,
         gated=False,
         tied=True,
     )
@@ -279,13 +291,15 @@ def megatron_program(row: Row, text: str, cluster: Cluster, assumed: list[str]) 
     DeepSpeed's ZeRO-3; FSDP."""
     is_hopper = cluster.gpu.architecture == "hopper"
     is_nvidia = re.search(f"{SC21}|{KORTHIKANTI}", text, re.IGNORECASE) is not None
+    is_fused = is_hopper or re.search("flash", text, re.IGNORECASE) is not None
     fields: dict[str, Any] = {
-        "attention": "fused" if is_hopper else "unfused",
+        "attention": "fused" if is_fused else "unfused",
         "gradient_copy": re.search(SC21, text, re.IGNORECASE) is not None,
     }
-    if re.search(r"zero[-_ ]?3", text, re.IGNORECASE):
+    stage = stage_of(text)
+    if stage == 3:
         return fields | {"zero_stage": 3, "gradient_bytes": 2, "overlap_data": True}
-    if re.search(ZERO_3, text, re.IGNORECASE):
+    if stage is None and re.search(FSDP, text, re.IGNORECASE):
         return fields | {"zero_stage": 3, "zero_engine": "fsdp", "attention": "fused"}
     parallel = row.get("seqpar", "").lower()
     is_early = _year(text) < 2023
@@ -296,36 +310,48 @@ def megatron_program(row: Row, text: str, cluster: Cluster, assumed: list[str]) 
         assumed.append(f"sequence parallelism {'on' if fields['sequence_parallel'] else 'off'}")
     if is_nvidia:
         return fields | {"zero_stage": 0, "gradient_bytes": 2, "overlap_data": False}
+    sharded = 1 if stage is None else stage
     if is_early:
-        assumed.append("ZeRO-1, fp16 gradients")
-        return fields | {"zero_stage": 1, "gradient_bytes": 2, "overlap_data": False}
-    fields |= {"zero_engine": "megatron", "zero_stage": 1, "gradient_bytes": 4, "overlap_data": is_hopper}
+        assumed.append(f"ZeRO-{sharded}, fp16 gradients")
+        return fields | {"zero_stage": sharded, "gradient_bytes": 2, "overlap_data": False}
+    engine = "deepspeed" if stage == 2 else "megatron"
+    fields |= {"zero_engine": engine, "zero_stage": sharded, "gradient_bytes": 4, "overlap_data": is_hopper}
     fields["overlap_tensor"] = is_hopper and fields["sequence_parallel"] and not is_llama_3(row)
     overlapped = ", overlapped" if is_hopper else ""
-    assumed.append(f"ZeRO-1, fp32 gradients{overlapped}")
+    assumed.append(f"ZeRO-{sharded}, fp32 gradients{overlapped}")
+    if not is_fused:
+        assumed.append("unfused attention")
     if fields["overlap_tensor"]:
         assumed.append("tensor-parallel sums overlapped")
     return fields
 
 
 def _year(text: str) -> int:
-    """Of an arXiv number, or of the two papers that are known by name; without either a recent one."""
+    """Of an arXiv number, of the two papers that are known by name, or as written; else a recent one."""
     number_of = re.search(r"\b(\d\d)(?:0[1-9]|1[0-2])\.\d{4,5}\b", text)
     if number_of is not None:
         return 2000 + int(number_of[1])
     if re.search(SC21, text, re.IGNORECASE):
         return 2021
-    return 2022 if re.search(KORTHIKANTI, text, re.IGNORECASE) else 9999
+    if re.search(KORTHIKANTI, text, re.IGNORECASE):
+        return 2022
+    written = re.search(r"\b20[12]\d\b", text)
+    return int(written[0]) if written is not None else 9999
 
 
 def _time(source: Source, work: Workload) -> float | None:
-    """Seconds a step: as given, or of TFLOP/s or a utilisation by the source's own convention."""
+    """Seconds a step: as given, or of TFLOP/s or a utilisation by the source's own convention.
+
+    TFLOP/s before Korthikanti's paper count recomputation, as its seconds say of MT-NLG's, and Megatron-LM's
+    programs print it so until 2023; a utilisation of that time (MFU) does not."""
     row = source.row
-    seconds, tflops = positive(row, "iter_s"), positive(row, "tflops_per_gpu")
+    seconds, tflops = positive(row, "iter_s", SECONDS), positive(row, "tflops_per_gpu")
     if seconds is not None:
         return seconds
     convention: Convention = "sc21-model"
-    if re.search(SC21, source.text, re.IGNORECASE):
+    is_model = re.search(KORTHIKANTI, source.text, re.IGNORECASE) is not None
+    is_hardware = tflops is not None and _year(source.text) < 2023 and not is_model
+    if re.search(SC21, source.text, re.IGNORECASE) or (is_hardware and work.recompute == "full"):
         convention = "sc21"
     elif is_llama_3(source.row):
         convention = "megatron"

@@ -14,16 +14,20 @@ from io import StringIO
 from pathlib import Path
 from typing import Final
 
-from megatron_b2.errors import ConfigError
+from megatron_b2.errors import ConfigError, OutputError
 from megatron_b2.files.atomic import atomic_file
 from megatron_b2.planner.constants import Constants, load_constants
+from megatron_b2.planner.flops import tflops_per_gpu
 from megatron_b2.planner.forms import bloom_run, fsdp_run
+from megatron_b2.planner.hardware import load_hardware
 from megatron_b2.planner.megatron_rows import megatron_run
 from megatron_b2.planner.memory import MemoryPlan, predict_memory
 from megatron_b2.planner.rows import Form, PublishedRun, Row, RowError, ran_out, read_table, unswapped
 from megatron_b2.planner.step import StepTime, predict_step
 
 GIB: Final = 2**30
+MOST_TOKENS: Final = 2**28
+"""Of a step; published runs have up to a quarter of it."""
 
 READERS: Final[Mapping[Form, Callable[[Row], PublishedRun]]] = {
     "megatron": megatron_run,
@@ -85,7 +89,7 @@ def read_runs(path: Path) -> list[PublishedRun]:
 def read_row(form: Form, line: int, row: Row) -> PublishedRun:
     """One row of a form; what is wrong with it is its reason."""
     try:
-        run = READERS[form](row)
+        run = _checked(READERS[form](row))
     except (RowError, ConfigError) as error:
         run = PublishedRun(
             form=form,
@@ -95,6 +99,30 @@ def read_row(form: Form, line: int, row: Row) -> PublishedRun:
             out_of_memory=ran_out(row),
         )
     return replace(run, row=line, cells=row)
+
+
+def _checked(run: PublishedRun) -> PublishedRun:
+    """The run without a measurement that cannot be one: of seconds in milliseconds, tokens of a node.
+
+    Raises:
+        RowError: the batch is in tokens.
+    """
+    work, cluster = run.workload, run.cluster
+    assert work is not None
+    assert cluster is not None
+    if work.tokens_per_step > MOST_TOKENS:
+        raise RowError(
+            f"{work.global_batch} sequences of {work.seq_len} tokens are {work.tokens_per_step:.2g} tokens a "
+            "step: give the global batch in sequences"
+        )
+    if run.measured_time is None:
+        return run
+    rate = tflops_per_gpu(work, run.measured_time, "megatron")
+    peak = load_hardware(cluster.gpu.name).gpu.peak_flops / 1e12
+    if rate <= peak:
+        return run
+    note = f"measured time left out: {rate:.4g} TFLOP/s a GPU are above its peak of {peak:.0f}"
+    return replace(run, measured_time=None, assumed=(*run.assumed, note))
 
 
 def published_runs(name: str) -> list[PublishedRun]:
@@ -124,6 +152,8 @@ def evaluate_rows(path_in: Path, path_out: Path, constants: Constants | None = N
         InputError: the file is no table of a known form.
         OutputError: the output cannot be written.
     """
+    if path_out.is_dir():
+        raise OutputError(f"{path_out} is a folder: give the CSV to write, as in --out predictions.csv")
     _, names, _ = read_table(path_in)
     found = [predict_run(run, constants) for run in read_runs(path_in)]
     text = StringIO()

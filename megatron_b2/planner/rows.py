@@ -10,6 +10,7 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Final, Literal
 
@@ -86,23 +87,48 @@ def read_table(path: Path) -> tuple[Form, list[str], list[dict[str, str]]]:
     )
 
 
-def number(text: str) -> float | None:
-    """The first number of a cell: 47 of "47GB", 1024 of "1,024"; None without one."""
-    found = re.search(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?", text)
-    return float(found[0].replace(",", "")) if found else None
+NUMBER: Final = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][+-]?\d+)?")
+SECONDS: Final[Mapping[str, float]] = {"ms": 1e-3, "min": 60.0, "h": 3600.0}
+GIBIBYTES: Final[Mapping[str, float]] = {"mb": 2.0**-10, "mib": 2.0**-10}
+"""The sources write GB for GiB, so MB for MiB."""
+THOUSANDS: Final[Mapping[str, float]] = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+"""Units by which a cell is scaled; others are words."""
+
+
+def number(text: str, units: Mapping[str, float] | None = None) -> float | None:
+    """The first number of a cell: 47 of "47GB", 1024 of "1,024", 1.1 of "1100 ms" with `SECONDS`; None
+    without one.
+
+    Raises:
+        RowError: it is too large, or has a decimal comma.
+    """
+    found = NUMBER.search(text)
+    if found is None:
+        return None
+    rest = text[found.end() :]
+    if re.match(r",\d", rest):
+        raise RowError(f"{text!r} has a comma that does not part thousands: write a decimal point")
+    unit = re.match(r"\s*([A-Za-z]+)", rest)
+    value = float(found[0].replace(",", "")) * (units or {}).get(unit[1].lower() if unit else "", 1.0)
+    if not isfinite(value):
+        raise RowError(f"{text!r} is too large")
+    return value
 
 
 def whole(row: Row, name: str) -> int | None:
     """A cell that holds a positive whole number; None if it is empty.
 
     Raises:
-        RowError: it holds something else.
+        RowError: it holds something else, or thousands ("8k").
     """
-    value = number(row.get(name, ""))
+    cell = row.get(name, "")
+    value = number(cell)
     if value is None:
         return None
+    if number(cell, THOUSANDS) != value:
+        raise RowError(f"{name} = {cell!r} has a unit: write the number in full")
     if value <= 0 or value != int(value):
-        raise RowError(f"{name} = {row[name]!r} is no positive whole number")
+        raise RowError(f"{name} = {cell!r} is no positive whole number")
     return int(value)
 
 
@@ -118,25 +144,25 @@ def needed(row: Row, name: str) -> int:
     return value
 
 
-def positive(row: Row, name: str) -> float | None:
+def positive(row: Row, name: str, units: Mapping[str, float] | None = None) -> float | None:
     """A measurement; None if the cell is empty, "x" or not above 0."""
-    value = number(row.get(name, ""))
+    value = number(row.get(name, ""), units)
     return value if value is not None and value > 0 else None
 
 
 def memory_of(row: Row) -> float | None:
     """GiB of a device: a cell of its own, or "mem 77.0 GiB" in the notes."""
     for name in ("mem", "mem_gb", "memory", "memory_gb"):
-        if (value := positive(row, name)) is not None:
+        if (value := positive(row, name, GIBIBYTES)) is not None:
             return value
     found = re.search(r"\bmem(?:ory)?\s*(\d+(?:\.\d+)?)\s*Gi?B", row.get("notes", ""), re.IGNORECASE)
     return float(found[1]) if found else None
 
 
 def ran_out(row: Row) -> bool:
-    """Whether a row says that memory was not enough; "too close to OOM" is a run that did fit."""
-    text = " ".join(row.values())
-    return re.search(r"(?<!close to )\bOOM\b|out of memory", text, re.IGNORECASE) is not None
+    """Whether a row says that memory was not enough; "too close to OOM" or "no OOM" is a run that did fit."""
+    pattern = r"(?<!close to )(?<!no )(?<!without )\bOOM\b|out of memory"
+    return re.search(pattern, " ".join(row.values()), re.IGNORECASE) is not None
 
 
 PRESET_SIZES: Final = r"(40|64|80|94|96|141)"
@@ -169,17 +195,19 @@ def cluster_of(row: Row) -> Cluster:
         # Large products run at the power limit (our assumption: their rate is proportional to it).
         gpu = replace(gpu, peak_flops=gpu.peak_flops * min(1.0, float(watts[1]) / gpu.tdp_watts))
     cluster = replace(cluster, gpu=gpu)
-    rate = re.search(r"([\d,]+)\s*Gbps\s*/\s*(node|gpu)", row.get("interconnect", ""), re.IGNORECASE)
-    if rate is None:
+    cell = row.get("interconnect", "")
+    rate = re.search(r"[\d.,]+\s*([GT])b(?:ps|/s)\s*(?:/|per)\s*(node|gpu)", cell, re.IGNORECASE)
+    bits = (number(rate[0]) or 0.0) * (1e12 if rate[1].upper() == "T" else 1e9) if rate else 0.0
+    if rate is None or bits == 0:
         return cluster
     factor = cluster.node.gpus if rate[2].lower() == "gpu" else 1
-    return with_nics(cluster, node_bandwidth=float(rate[1].replace(",", "")) * 1e9 / 8 * factor)
+    return with_nics(cluster, node_bandwidth=bits / 8 * factor)
 
 
 def recompute_of(cell: str) -> Recompute | None:
-    """full, sel, sel+SP, none, 1, 0, true, false; None for an empty cell or "unstated"."""
-    text = cell.strip().lower()
-    if text.startswith("sel") or text == "selective":
+    """full, sel, sel+SP, full+SP, none, 1, 0, true, false; None for an empty cell or "unstated"."""
+    text = re.split(r"[^a-z0-9]", cell.strip().lower())[0]
+    if text.startswith("sel"):
         return "selective"
     if text in ("full", "1", "true", "yes", "uniform", "block"):
         return "full"
@@ -188,10 +216,37 @@ def recompute_of(cell: str) -> Recompute | None:
     return None
 
 
+ZERO: Final = r"\bzero[-_ ]?(?:stage[-_ ]?)?"
+STAGES: Final[tuple[tuple[str, Literal[0, 1, 2, 3]], ...]] = (
+    (rf"{ZERO}0\b", 0),
+    (rf"{ZERO}1\b", 1),
+    (rf"{ZERO}2\b|shard[-_ ]grad[-_ ]op", 2),
+    (rf"{ZERO}3\b", 3),
+    (r"no[-_ ]?shard|\bDDP\b", 0),
+)
+"""How sources name the stages of ZeRO, by its own name first."""
+
+
+def stage_of(text: str) -> Literal[0, 1, 2, 3] | None:
+    """The ZeRO stage that a text names, if it does."""
+    return next((stage for name, stage in STAGES if re.search(name, text, re.IGNORECASE)), None)
+
+
+SAME_BATCH: Final = 0.9
+"""Of a row's batch: what a layout must at least be able to run of it."""
+
+
 def fitted_batch(global_batch: int, *, micro: int, data: int, rounds: int = 1) -> tuple[int, list[str]]:
-    """The nearest batch below that the layout can run, and a note if it is another."""
+    """The nearest batch below that the layout can run, and a note if it is another.
+
+    Raises:
+        RowError: it is so far off that the row's time is not that of the layout.
+    """
     unit = micro * data * rounds
-    batch = max(1, global_batch // unit) * unit
+    batch = global_batch // unit * unit
+    if batch < SAME_BATCH * global_batch:
+        several = f" x pipeline = {micro} x {data} x {rounds}" if rounds > 1 else f" = {micro} x {data}"
+        raise RowError(f"global batch {global_batch} is no multiple of micro-batch x data{several}")
     note = [] if batch == global_batch else [f"global batch {batch} instead of {global_batch}"]
     return batch, note
 

@@ -101,6 +101,8 @@ def regime_of(workload: Workload, cluster: Cluster) -> str:
         return kind
     if workload.gpus > cluster.node.gpus and cluster.node.fabric == "omnipath":
         return "omnipath"
+    if workload.zero_stage == 1 and workload.zero_engine != "megatron":
+        return f"zero-1 {workload.zero_engine}"
     return kind
 
 

@@ -116,7 +116,7 @@ def test_out_of_memory_never_fits(judged: list[Judged]) -> None:
     assert [item.prediction.fits for item in out] == [False] * 3
 
 
-REFUSED = {"SC21-T1": 1, "SC21-T2-ZeRO3": 2, "BLOOM": 2, "llm-foundry": 14}
+REFUSED = {"SC21-T1": 1, "SC21-T2-ZeRO3": 2, "BLOOM": 2, "llm-foundry": 18}
 """Rows that ran, and whose upper end of the band is over the device: each of them is within 10 % of it, but 530B
 with ZeRO-3 on 640 GPUs, whose four sequences a GPU nobody explains."""
 
@@ -124,7 +124,7 @@ with ZeRO-3 on 640 GPUs, whose four sequences a GPU nobody explains."""
 def test_most_rows_that_ran_fit(judged: list[Judged]) -> None:
     ran = [item.prediction for item in judged if item.prediction.run.measured_time]
     refused = [prediction for prediction in ran if not prediction.fits]
-    assert len(ran) == 210
+    assert len(ran) == 213
     assert Counter(prediction.run.source for prediction in refused) == REFUSED
     far = []
     for prediction in refused:
@@ -185,7 +185,8 @@ def test_bands_hold_nine_in_ten_held_out_rows(judged: list[Judged]) -> None:
             )
             if error is not None and not (item.fitted_memory if regime == "memory" else item.fitted_time)
         ]
-        inside = sum(abs(error) <= band + 1e-3 for error in errors)
+        # What is printed is predicted x (1 +- band); of the predicted, a measurement is 1 / (1 + error).
+        inside = sum(1 - band - 1e-3 <= 1 / (1 + error) <= 1 + band + 1e-3 for error in errors)
         assert inside >= ceil(0.9 * len(errors)) > 0
 
 

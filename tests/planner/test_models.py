@@ -78,6 +78,30 @@ def test_columns_of_no_known_llama() -> None:
         assert own.ffn_hidden_size == known.ffn_hidden_size
 
 
+OTHERS = {
+    "gpt2-124m": 124_439_808 - 1024 * 768,
+    "gpt2-xl": 1_557_611_200 - 1024 * 1600,
+    "gpt-neox-20b": 20_554_567_680,
+    "bloom-176b": 176_247_271_424,
+    "falcon-180b": 179_522_565_120,
+    "mistral-7b": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-30b": 32_528_943_616,
+}
+"""Of the published weights, without learned positions."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameters_of_other_models(name: str) -> None:
+    """But for a few vectors: biases that a family lacks or has."""
+    shape = known_model(name)
+    assert shape is not None
+    assert shape.parameters == pytest.approx(OTHERS[name], rel=1e-4)
+
+
 def test_other_models() -> None:
     small = known_model("7b", 6_658_859_008)
     assert small == known_model("MPT-7B")

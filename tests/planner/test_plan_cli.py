@@ -112,17 +112,19 @@ def test_what_nothing_validates_is_said(gpu: str, settings: tuple[str, ...], not
 
 def test_what_is_said_of_published_rows_is_so() -> None:
     """The notes speak of rows that are not there."""
-    runs = [(run.workload, run.cluster) for _, run in all_runs()]
-    known = [(work, cluster) for work, cluster in runs if work is not None and cluster is not None]
+    runs = [(run.source, run.workload, run.cluster) for _, run in all_runs()]
+    known = [item for item in runs if item[1] is not None and item[2] is not None]
     assert len(known) > 100
-    for work, cluster in known:
+    for source, work, cluster in known:
+        assert work is not None
+        assert cluster is not None
         assert work.zero_stage != 2
         assert work.context == 1
         assert work.schedule != "zero_bubble"
         assert work.precision == "bf16"
         assert cluster.gpu.name in ("a100-40g", "a100-80g", "h100-80g")
         if work.zero_stage == 1 and work.zero_engine == "deepspeed":
-            assert cluster.node.fabric == "omnipath"
+            assert cluster.node.fabric == "omnipath" or source == "MT-NLG"
         if cluster.gpu.architecture == "hopper":
             assert (work.zero_stage, work.zero_engine) == (3, "fsdp")
 

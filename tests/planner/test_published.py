@@ -44,7 +44,7 @@ def one(tmp_path: Path, header: str, row: str) -> PublishedRun:
 def test_every_published_row_is_read() -> None:
     for name, count in (
         ("megatron", 22),
-        ("megatron_more", 16),
+        ("megatron_more", 19),
         ("bloom", 76),
         ("bloom_more", 22),
         ("fsdp", 17),
@@ -80,6 +80,7 @@ def test_missing_fields_of_megatron_rows(tmp_path: Path) -> None:
     assert run.assumed == (
         "sequence parallelism on",
         "ZeRO-1, fp32 gradients",
+        "unfused attention",
         "micro-batch 1",
         "recompute selective",
     )
@@ -199,7 +200,10 @@ def test_fsdp_rows(tmp_path: Path) -> None:
     assert runs[1].cluster.gpu.peak_flops == pytest.approx(989.4e12 * 5 / 7)
     assert runs[1].cluster.gpu.memory_bytes / 2**30 == pytest.approx(95, abs=1)
     assert runs[2].reason == "fp8 is not modelled"
-    assert runs[3].reason == "model 'nemo-9b' is not in published/models.csv"
+    assert (
+        runs[3].reason
+        == "model 'nemo-9b' is not in published/models.csv: add columns hidden, layers and heads"
+    )
 
 
 def test_fsdp_rows_that_are_silent(tmp_path: Path) -> None:
@@ -209,7 +213,7 @@ def test_fsdp_rows_that_are_silent(tmp_path: Path) -> None:
         FSDP,
         "x,A100-80,,LLaMA-65B,,2048,2048,,,2048,,380,,,FSDP,",
         "x,A100-80,,Llama-2-7B,,128,4096,,,,1,3000,,,FSDP,",
-        "x,A100-80,,Llama-70B,,128,4096,1,,,1,3000,,,FSDP,",
+        "x,A100-80,,Llama-70B,,128,4096,1,,,1,300,,,FSDP,",
     )
     works = [run.workload for run in runs]
     assert [work and work.micro_batch_size for work in works] == [1, 16, 1]
@@ -217,6 +221,60 @@ def test_fsdp_rows_that_are_silent(tmp_path: Path) -> None:
     assert runs[0].assumed == ("micro-batch 1", "recompute none")
     assert runs[1].assumed == ("micro-batch 16",)
     assert runs[2].assumed == ("the oldest Llama of this size",)
+
+
+def test_rates_of_fsdp_rows(tmp_path: Path) -> None:
+    """Tokens/s, MFU in percent or as a share, HFU: of the data sheet's peak, also under a power limit."""
+    cells = "A100-80,,13b,12853954560,8,2048,2,3,48,0,{},{},{},FULL_SHARD,"
+    rates = ("2262,,", ",59.57,", ",.5957,", ",,59.57", "2.262k,,")
+    runs = read(tmp_path, FSDP, *(f"x,{cells.format(*rate.split(','))}" for rate in rates))
+    times = [run.measured_time for run in runs]
+    assert times == pytest.approx([times[0]] * len(times), rel=0.01)
+    limited, full = read(
+        tmp_path,
+        FSDP,
+        "x,H100-80(500W),,7b,6658859008,8,2048,2,3,48,0,,40,,FULL_SHARD,",
+        "x,H100-80,,7b,6658859008,8,2048,2,3,48,0,,40,,FULL_SHARD,",
+    )
+    assert limited.measured_time == full.measured_time
+
+
+def test_sharding_of_fsdp_rows(tmp_path: Path) -> None:
+    """7B in plain data parallelism has 16 bytes a parameter on each device, and never fits 80 GB."""
+    row = "x,A100-80,,7b,6658859008,8,2048,2,1,,0,3000,,,{},"
+    kinds = ("DDP", "NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HSDP 8x8")
+    found = [predict_run(run) for run in read(tmp_path, FSDP, *map(row.format, kinds))]
+    assert [item.run.workload and item.run.workload.zero_stage for item in found] == [0, 0, 2, 3, 3]
+    assert [item.fits for item in found] == [False, False, True, True, True]
+    assert "parameters sharded over all data ranks" in found[4].run.assumed
+
+
+def test_batch_of_a_data_rank_in_a_pipeline(tmp_path: Path) -> None:
+    """torchtitan's local batch goes through the pipeline one sequence at a time."""
+    run = one(tmp_path, FSDP, "x,H100,,Llama3.1-405B,,512,8192,32,1,,full,100,,,FSDP4xTP8xPP16,")
+    work = run.workload
+    assert work is not None
+    assert (work.micro_batch_size, work.num_micro, work.global_batch, work.zero_stage) == (1, 32, 128, 1)
+    assert "micro-batch 1" in run.assumed
+
+
+def test_models_of_fsdp_rows(tmp_path: Path) -> None:
+    """By name; by columns; by parameters alone, which is said."""
+    head = f"{FSDP},hidden,layers,heads,ffn"
+    named, columns, sized = read(
+        tmp_path,
+        head,
+        "x,H100,,Qwen2.5-7B,7.6B,8,4096,1,,,0,10000,,,FSDP,,,,,",
+        "x,H100,,ours,,8,4096,1,,,0,10000,,,FSDP,,2048,24,16,5504",
+        "x,H100,,ours,13.9B,8,4096,1,,,1,2000,,,FSDP,,,,,",
+    )
+    assert named.workload is not None
+    assert named.workload.shape.kv_heads == 4
+    assert columns.workload is not None
+    assert (columns.workload.shape.hidden_size, columns.workload.shape.ffn_hidden_size) == (2048, 5504)
+    assert sized.workload is not None
+    assert sized.workload.parameters == 13_896_668_160
+    assert "the shape of a public model with as many parameters" in sized.assumed
 
 
 def test_programs_of_fsdp_rows() -> None:
@@ -301,6 +359,7 @@ CELLS = (
     "1e3",
     "A100-80",
     "7b",
+    *("13,75", "8k", "1e400", ".5", "DDP ZeRO-2", "FSDP8xTP2xPP4"),
 )
 
 

@@ -34,6 +34,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "context": {"context": 2, "data": 2},
     "ZeRO-2": {"zero_stage": 2, "pipeline": 1, "data": 8},
     "fp32": {"precision": "fp32"},
+    "FSDP's ZeRO-1": {"zero_stage": 1, "zero_engine": "fsdp"},
     "zero bubble": {"schedule": "zero_bubble"},
 }
 
@@ -47,6 +48,8 @@ def test_the_error_is_that_of_the_runs_that_are_alike() -> None:
     for work, cluster, regime in (
         (TENSOR, A100, "model parallel"),
         (TENSOR, omnipath, "omnipath"),
+        (replace(TENSOR, zero_stage=1, zero_engine="megatron"), A100, "model parallel"),
+        (replace(TENSOR, zero_stage=1), A100, "zero-1 deepspeed"),
         (DEEPSPEED_3, A100, "zero-3 deepspeed"),
         (FSDP, A100, "zero-3 fsdp"),
         (FSDP, H100, "hopper"),
