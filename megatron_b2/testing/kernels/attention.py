@@ -148,15 +148,18 @@ def _floors(problem: Problem, exact: tuple[Tensor, ...]) -> dict[str, float]:
     very same product: the probability of a query that sees one key is then exactly 1, its gradient exactly 0.
 
     A few units of the largest score are an error of probabilities, so of all gradients; a few units of delta
-    one of the difference of which the gradients of q and k are sums.
+    one of the difference of which the gradients of q and k are sums. The log-sum-exp of few scores has the
+    error of a score, whose sum may be larger on its way than in the end (as large as that of any two vectors
+    of these lengths), and twice the units: in 16 bits scores are powers of 2, converted there and back.
     """
     unit = FLOOR_ULPS * torch.finfo(torch.float32).eps
     q, k, out = problem.q.float(), problem.k.float(), exact[0]
     group, scale = q.shape[1] // k.shape[1], 1.0 / math.sqrt(q.shape[3])
     score = max(float((q[:, h] @ k[:, h // group].mT).abs().max()) for h in range(q.shape[1])) * scale
+    on_the_way = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) / q.shape[3]
     delta = float((problem.grad_out.double() * out).sum(-1).abs().max()) * scale
     factors = {"grad_q": k, "grad_k": q, "grad_v": torch.zeros(1)}
-    return {
+    return {"lse": 2 * unit * max(score, on_the_way)} | {
         name: unit * (score * float(gradient.abs().max()) + delta * float(factors[name].abs().max()))
         for name, gradient in zip(QUANTITIES[2:], exact[2:], strict=True)
     }
