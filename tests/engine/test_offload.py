@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -57,22 +59,19 @@ def test_fp32_equals_one_process(reference: Trace, stage: int) -> None:
     ids=str,
 )
 def test_offloading_changes_nothing(precision: Precision, stage: int, layout: dict[str, Any]) -> None:
-    """Of bf16 this also shows that gradients are accumulated in fp32: rounded sums would differ by 1e-3."""
-    offloaded, plain = (
-        run_ranks(
-            2,
-            run,
-            run_config(
-                zero=stage,
-                layout={"offload_optimizer": is_offloaded, **layout},
-                precision=precision,
-                micro_batch_size=1,
-                steps=5,
-            ),
-        )
-        for is_offloaded in (True, False)
-    )
-    assert_same(offloaded, plain)
+    """Of bf16 the first step also shows that gradients are accumulated in fp32: rounded sums would differ by
+    1e-3. In later ones a weight may be rounded to the other neighbour, since norms are summed in another order."""
+
+    def runs(steps: int) -> Iterator[list[Trace]]:
+        for is_offloaded in (True, False):
+            offload = {"offload_optimizer": is_offloaded, **layout}
+            config = run_config(zero=stage, layout=offload, precision=precision, micro_batch_size=1, steps=steps)
+            yield run_ranks(2, run, replace(config, optim=replace(config.optim, warmup_steps=1)))
+
+    assert_same(*runs(steps=1 if precision == "bf16" else 5))
+    if precision == "bf16":
+        offloaded, plain = (torch.tensor(traces[0].steps) for traces in runs(steps=5))
+        torch.testing.assert_close(offloaded, plain, atol=0, rtol=2e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

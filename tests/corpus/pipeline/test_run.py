@@ -379,6 +379,13 @@ def finished(work: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
+def is_worker(process: psutil.Process) -> bool:
+    """Not one that has ended meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        return "spawn_main" in "".join(process.cmdline())
+    return False
+
+
 class Killed:
     """Drivers of FOLDER/work, one after the other, until the pipeline has ended."""
 
@@ -409,10 +416,7 @@ class Killed:
             return False
         victims = [psutil.Process(self.driver.pid)]
         if what == "worker":
-            with suppress(psutil.NoSuchProcess):
-                victims = [
-                    child for child in victims[0].children() if "spawn_main" in "".join(child.cmdline())
-                ]
+            victims = [child for child in victims[0].children() if is_worker(child)]
         if not victims:
             return False
         random.choice(victims).kill()
