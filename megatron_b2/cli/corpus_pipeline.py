@@ -131,14 +131,16 @@ def run(arguments: Sequence[str]) -> int:
     """`b2 corpus run PIPELINE [--verify] [--key VALUE ...]`."""
     from megatron_b2.corpus.pipeline.config import load_pipeline
     from megatron_b2.corpus.pipeline.execution import executor_of
+    from megatron_b2.corpus.pipeline.extract import skipped
     from megatron_b2.corpus.pipeline.run import run_pipeline
     from megatron_b2.files.atomic import write_json
 
-    if not arguments or arguments[0].startswith("-"):
-        raise InputError("PIPELINE is missing: b2 corpus run PIPELINE.toml [--key VALUE ...]")
-    flags = (argument.partition("=") for argument in arguments[1:] if argument != "--verify")
+    given = [argument for argument in arguments if argument not in ("--verify", "--no-verify")]
+    if not given or given[0].startswith("-"):
+        raise InputError("PIPELINE must come first: b2 corpus run PIPELINE.toml [--key VALUE ...]")
+    flags = (argument.partition("=") for argument in given[1:])
     overrides = [SHORT.get(flag, flag) + equals + value for flag, equals, value in flags]
-    config = load_pipeline(Path(arguments[0]), overrides)
+    config = load_pipeline(Path(given[0]), overrides)
     work = Path(config.work)
     with executor_of(config.execution, work) as executor:
         done = run_pipeline(
@@ -150,6 +152,9 @@ def run(arguments: Sequence[str]) -> int:
     for line in done.repaired:
         print(f"damaged, made again: {line}")
     print(f"{len(done.units):,} units, {sum(unit.documents for unit in done.units):,} documents in {work}")
+    malformed, empty = skipped(done.units)
+    if malformed or empty:
+        print(f"left out of the input: {malformed:,} malformed records, {empty:,} without text")
     print(f"next: b2 corpus report {work}")
     return 0
 
@@ -233,6 +238,8 @@ def _mix(command: Mix) -> int:
         for name, group in groups.items()
     ]
     _print_table(("group", "documents", "MB", "weight", "% of samples"), rows)
+    if not groups:
+        print("no document is kept, so the blend has no source: look at `b2 corpus report`, and at --where")
     print(f"blend: {command.out / 'blend.toml'}")
     return 0
 

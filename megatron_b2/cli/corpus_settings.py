@@ -41,11 +41,13 @@ def _settings(tables: tuple[str, ...]) -> int:
     from megatron_b2.cli.config_arguments import shown
     from megatron_b2.config.fields import Setting, settings, type_name
     from megatron_b2.config.keys import dotted
-    from megatron_b2.corpus.pipeline.config import PipelineConfig
+    from megatron_b2.corpus.pipeline.config import ALL_STAGES, PipelineConfig
 
     groups: dict[str, list[Setting]] = {}
     for setting in settings(PipelineConfig):
         groups.setdefault(dotted(setting.key[:-1]), []).append(setting)
+    for stage in ALL_STAGES:
+        groups.setdefault(stage, [])
     unknown = sorted(set(tables) - {name.partition(".")[0] for name in groups})
     if unknown:
         known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in groups if name))
@@ -54,6 +56,8 @@ def _settings(tables: tuple[str, ...]) -> int:
         if tables and name.partition(".")[0] not in tables:
             continue
         print(f"\n[{name}]" if name else "At the top of the file")
+        if not members:
+            print("  no settings")
         for item in members:
             default = "required" if item.required else f"default {shown(item.default)}"
             print(f"  {item.key[-1]}: {type_name(item.annotation)}, {default}")

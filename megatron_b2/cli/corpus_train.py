@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,12 +98,16 @@ def main(command: object) -> int:
 
 
 def _texts(paths: Sequence[Path | str], text_key: str, *, source: str = "") -> Iterator[tuple[str, str]]:
-    """(language, text) of documents."""
-    from megatron_b2.documents import expand_inputs, read_documents
+    """(language, text) of documents; says how many could not be read."""
+    from megatron_b2.documents import ReadReport, expand_inputs, read_documents
 
-    for document in read_documents(expand_inputs(paths), text_key=text_key, on_error="skip"):
+    report = ReadReport()
+    for document in read_documents(expand_inputs(paths), text_key=text_key, on_error="skip", report=report):
         if source in document.source:
             yield document.language, document.text
+    if report.malformed:
+        first = report.messages[0]
+        print(f"{report.malformed:,} malformed records left out, the first {first}", file=sys.stderr)
 
 
 def _quality(command: TrainQuality) -> int:

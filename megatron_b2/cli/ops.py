@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -179,6 +180,8 @@ def _verify(options: Verify) -> int:
 
 
 def _table(options: Table) -> int:
+    if find_spec("triton") is None:
+        raise InputError("b2 ops table compiles with the triton package, which is not installed: install it")
     from megatron_b2.testing.kernels.table import broken_rules, write_table
 
     problems = [line for row in write_table(options.out, cache=options.cache) for line in broken_rules(row)]

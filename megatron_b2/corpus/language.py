@@ -28,6 +28,27 @@ _SCRIPTS = MappingProxyType(
     }
 )
 _ONE_LANGUAGE_SCRIPTS = (("greek", "el"), ("hebrew", "he"), ("thai", "th"), ("devanagari", "hi"))
+# Scripts of one large language each, looked for only where the ones above say nothing.
+_RARER_SCRIPTS = MappingProxyType(
+    {
+        "hy": re.compile("[\u0531-\u0587]"),
+        "bn": re.compile("[\u0980-\u09fe]"),
+        "pa": re.compile("[\u0a01-\u0a76]"),
+        "gu": re.compile("[\u0a81-\u0aff]"),
+        "or": re.compile("[\u0b01-\u0b77]"),
+        "ta": re.compile("[\u0b82-\u0bfa]"),
+        "te": re.compile("[\u0c00-\u0c7f]"),
+        "kn": re.compile("[\u0c80-\u0cf3]"),
+        "ml": re.compile("[\u0d00-\u0d7f]"),
+        "si": re.compile("[\u0d81-\u0df4]"),
+        "lo": re.compile("[\u0e81-\u0edf]"),
+        "bo": re.compile("[\u0f00-\u0fda]"),
+        "my": re.compile("[\u1000-\u109f]"),
+        "ka": re.compile("[\u10a0-\u10ff]"),
+        "am": re.compile("[\u1200-\u137c]"),
+        "km": re.compile("[\u1780-\u17f9]"),
+    }
+)
 
 # Characters that differ between the two written forms, in the same order: simplified, then traditional.
 _SIMPLIFIED = (
@@ -87,9 +108,10 @@ def detect_language(text: str) -> str:
     sample = text[:SAMPLE_CHARACTERS]
     counts = {name: len(pattern.findall(sample)) for name, pattern in _SCRIPTS.items()}
     total = sum(counts.values())
+    found = UNDETERMINED
     if counts["han"] + counts["kana"] + counts["hangul"] >= 8 or total >= MIN_LETTERS:
-        return _by_script(sample, counts, total)
-    return UNDETERMINED
+        found = _by_script(sample, counts, total)
+    return _rarer(sample, total) if found == UNDETERMINED else found
 
 
 def _by_script(sample: str, counts: Mapping[str, int], total: int) -> str:
@@ -108,6 +130,16 @@ def _by_script(sample: str, counts: Mapping[str, int], total: int) -> str:
         if counts[script] > 0.15 * total:
             return language
     return _latin(sample) if counts["latin"] > 0.5 * total else UNDETERMINED
+
+
+def _rarer(sample: str, others: int) -> str:
+    """By the scripts that are not among the `others` letters that were counted."""
+    if sample.isascii():
+        return UNDETERMINED
+    counts = {language: len(pattern.findall(sample)) for language, pattern in _RARER_SCRIPTS.items()}
+    best = max(counts, key=lambda language: counts[language])
+    total = others + sum(counts.values())
+    return best if total >= MIN_LETTERS and counts[best] > 0.15 * total else UNDETERMINED
 
 
 def _chinese(sample: str) -> str:

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_b2.errors import InputError
+
 BLOCK = 128
 SMALLEST_PROBABILITY = 1e-26
 """Smaller ones count as 0: next to the largest of a row they change no bit, also in float64 (our choice)."""
@@ -284,6 +286,21 @@ class _TiledAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> None:
+    """Refuse what a kernel, which trusts the sizes of q and k, would read beyond the end of."""
+    (batch, heads, queries, width), (key_heads, keys) = q.shape, k.shape[1:3]
+    if k.shape != (batch, key_heads, keys, width) or v.shape != k.shape or heads % max(key_heads, 1):
+        shapes = " and ".join(str([x.shape[i] for i in (0, 2, 1, 3)]) for x in (q, k, v))
+        raise InputError(f"q must be [B, Q, H, D], k and v [B, K, H/G, D]; got {shapes}")
+    if queries > keys:
+        raise InputError(f"{queries} queries, but only {keys} keys")
+    if pattern.slopes is not None and pattern.slopes.shape != (heads,):
+        raise InputError(f"alibi_slopes must be [{heads}], one a head, got {list(pattern.slopes.shape)}")
+    starts = None if pattern.documents is None else pattern.documents.starts
+    if starts is not None and starts.shape != (batch, keys):
+        raise InputError(f"documents must be of [{batch}, {keys}] positions, got {list(starts.shape)}")
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -293,9 +310,15 @@ def attend(
     documents: Documents | None,
     kernel: AttentionKernel,
 ) -> Tensor:
-    """`causal_attention` by a kernel of choice."""
+    """`causal_attention` by a kernel of choice.
+
+    Raises:
+        InputError: if the shapes do not fit each other.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out: Tensor = _TiledAttention.apply(q, k, v, Pattern(alibi_slopes, documents), kernel)
+    pattern = Pattern(alibi_slopes, documents)
+    _check_shapes(q, k, v, pattern)
+    out: Tensor = _TiledAttention.apply(q, k, v, pattern, kernel)
     return out.transpose(1, 2)
 
 

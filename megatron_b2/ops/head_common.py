@@ -14,10 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_b2.errors import InputError
 from megatron_b2.parallel.tensor_parallel import TensorParallel
 
 PARTS: Final = 8
 """Parts of the whole vocabulary that are merged pair by pair; up to so many ranks have the same bits."""
+
+
+def check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Refuse what a kernel, which trusts the sizes of hidden, would read beyond the end of.
+
+    Raises:
+        InputError: if they are not [T, H], [V, H] and int64 [T].
+    """
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and len(weight) > 0
+    if not fits or labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
+        raise InputError(
+            f"hidden must be [T, H], weight [V, H] and labels int64 [T]; got {list(hidden.shape)}, "
+            f"{list(weight.shape)} and {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
+        )
 
 
 class Statistics(NamedTuple):

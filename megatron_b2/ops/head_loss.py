@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_b2.ops.head_common import Statistics, over_ranks, scalar
+from megatron_b2.ops.head_common import Statistics, check_shapes, over_ranks, scalar
 from megatron_b2.ops.norm_head import EPS, inverse_row_norms
 from megatron_b2.parallel.tensor_parallel import TensorParallel
 
@@ -182,7 +182,8 @@ def norm_head_loss(
         hidden: [T, H] final hidden states.
         weight: [V, H] raw NormHead rows, same dtype; with tensor parallelism the rows from rank * V on.
         labels: int64 [T], the same on every rank of the group; -100 takes no part in the cross-entropy but
-            does in max-z, as published.
+            does in max-z, as published. Ids are not compared with the vocabulary, which a GPU would wait for
+            (data sets and `LoadedModel` do it): another one below 2^31 counts as one whose logit is 0.
         ce_scale: factor of the cross-entropy sum, normally 1 / (targets of the global batch).
         z_scale: factor of the max-z sum, normally max_z_weight / (positions of the global batch).
         tensor: the ranks that hold the other rows. Losses are the same bits on all; the gradient of `hidden`
@@ -190,6 +191,10 @@ def norm_head_loss(
 
     Returns:
         `HeadLoss`; the gradient of `total` was computed together with it.
+
+    Raises:
+        InputError: if the shapes do not fit each other.
     """
+    check_shapes(hidden, weight, labels)
     scales = (scalar(scale, hidden.device) for scale in (ce_scale, z_scale))
     return HeadLoss(*_NormHeadLoss.apply(hidden, weight, labels, *scales, tensor or TensorParallel()))

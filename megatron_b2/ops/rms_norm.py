@@ -11,7 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_b2.errors import InputError
 from megatron_b2.ops.precision import at_least_fp32
+
+
+def check_shapes(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+    """Refuse what a kernel, which trusts the sizes of x, would read beyond the end of.
+
+    Raises:
+        InputError: if the weight is not [H], or the residual not as x.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise InputError(
+            f"weight must be [{x.shape[-1]}], the width of x {list(x.shape)}, got {list(weight.shape)}"
+        )
+    if residual is not None and residual.shape != x.shape:
+        raise InputError(f"residual must have the shape of x, {list(x.shape)}, got {list(residual.shape)}")
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

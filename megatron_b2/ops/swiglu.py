@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_b2.errors import InputError
 from megatron_b2.ops.precision import at_least_fp32
+
+
+def check_width(gate_up: Tensor) -> None:
+    """Refuse an odd width, of which a kernel would leave out a column.
+
+    Raises:
+        InputError: if gate_up is not [..., 2F].
+    """
+    if gate_up.shape[-1] % 2:
+        raise InputError(f"gate_up has an odd width: {gate_up.shape[-1]}")
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -8,10 +8,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from megatron_b2.cli import ops as cli
+from megatron_b2.cli.main import main
 from megatron_b2.errors import InputError
 from megatron_b2.testing.kernels import table
 from megatron_b2.testing.kernels.ahead_of_time import Case, Compiled, compile_cases
@@ -349,3 +352,10 @@ def test_a_part_of_the_table_is_made_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert {row.op for row in part if row.kernel.registers == 2} == {"swiglu"}
     assert table.read_versions(tmp_path / "kernels.json")["nvcc"] == "13.0"
     assert (tmp_path / "kernels.md").read_text().count("\n### ") == 7
+
+
+def test_the_command_without_triton_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with patch.object(cli, "find_spec", lambda name: None):
+        assert main(["ops", "table", "--out", str(tmp_path)]) == 2
+    assert "b2 ops table compiles with the triton package, which is not installed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

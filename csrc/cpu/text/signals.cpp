@@ -73,6 +73,10 @@ class KeywordTable {
 
 const KeywordTable kKeywords;
 
+// What ends a sentence, or the quotation around one: in Latin, in Chinese and Japanese, then the question mark and full
+// stop of Arabic, and the full stops of the scripts of India, Armenia, Ethiopia, Burma, Cambodia and Tibet.
+constexpr std::u32string_view kTerminals = U".!?\"\u201D。！？｡．」』؟۔।॥։።፧။។៕༎།";
+
 // Function characters of Chinese, in both scripts: a bit for each.
 unsigned chinese_stop(char32_t c) {
   switch (c) {
@@ -397,7 +401,7 @@ class Analyzer {
   void count_line(const Line& line, std::string_view text, std::int64_t words) {
     const bool has_ellipsis = ends_with(text, "..."sv) || ends_with(text, "…"sv);
     const char32_t last = last_character(text);
-    const bool is_terminal = !has_ellipsis && is_in(last, U".!?\"\u201D。！？｡．」』");
+    const bool is_terminal = !has_ellipsis && is_in(last, kTerminals);
     const bool has_few_words = words < kC4MinWords;
     const bool has_long_word = line.longest_token > kC4MaxWord;
     ++out_.lines;

@@ -36,7 +36,7 @@ from megatron_b2.corpus.models.perplexity import (
     train_perplexity,
 )
 from megatron_b2.documents.texts import Texts
-from megatron_b2.errors import InputError
+from megatron_b2.errors import InputError, OutputError
 from megatron_b2.files.atomic import atomic_folder, write_json
 
 VERSION = 1
@@ -131,8 +131,10 @@ def train_quality(
     "spam". The same texts and options give the same bytes (see `train_classifier`).
 
     Raises InputError for bad options, fewer than 20 clean documents, or a kind of `bad` without texts;
-    OutputError when `folder` is not empty, unless `overwrite`.
+    OutputError when `folder` is not empty, unless it holds an earlier model and `overwrite`.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _FILES["quality"]).is_file():
+        raise OutputError(f"{folder}: is not empty and no earlier quality model; give another folder")
     texts, given = _checked(clean, bad, options)
     rng = random.Random(options.seed)
     taught, joined = _split(texts, options.calibration, rng)

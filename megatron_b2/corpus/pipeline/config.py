@@ -84,6 +84,8 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """
     problems: list[str] = []
     files = read_layer(path, problems)
+    if problems:
+        raise ConfigError(problems)
     layer = merge(files, read_overrides(overrides, problems, PipelineConfig))
     decoder = Decoder(layer.origins, PipelineConfig)
     config = decoder.table(PipelineConfig, layer.data, ())

@@ -94,8 +94,9 @@ def _explain(state: State, wanted: str, number: int, row: int) -> Explanation:
             stages.append(StageSays(stage, "not seen: it had gone before", {}))
             continue
         verdict = "kept" if keep else f"REMOVED: {reason}"
-        changed = values["left"] != values["bytes"] and keep
-        text = _text(state, unit, row, list(paths.values())[:count]) if changed else None
+        has_text = f"{stage}.text" in table.column_names and table.column(f"{stage}.text")[row].is_valid
+        is_changed = keep and (has_text or values.get("cuts"))
+        text = _text(state, unit, row, list(paths.values())[:count]) if is_changed else None
         relatives = _relatives(state, stage, values, state.firsts[number] + row)
         stages.append(StageSays(stage, verdict, values, relatives, text))
     return Explanation(wanted, unit, row, document["path"], document["line"], tuple(stages))

@@ -193,6 +193,12 @@ def _documents(extract: _Extract, report: ReadReport) -> Iterator[tuple[_Named, 
                 yield named, document
 
 
+def skipped(units: Sequence[Unit]) -> tuple[int, int]:
+    """Records of the input that were malformed, and those without text."""
+    facts = [manifest.facts for unit in units if (manifest := read_manifest(unit.path)) is not None]
+    return sum(one["malformed"] for one in facts), sum(one["empty"] for one in facts)
+
+
 def units_of(tasks: Sequence[Task]) -> tuple[Unit, ...]:
     """The units that finished extract tasks wrote, in the order of the inputs."""
     units, first = [], 0

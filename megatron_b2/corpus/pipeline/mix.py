@@ -20,11 +20,13 @@ from megatron_b2.corpus.pipeline.report import State
 from megatron_b2.corpus.pipeline.run import made_again_by_the_next_run
 from megatron_b2.corpus.pipeline.view import languages_of, read_view
 from megatron_b2.documents import JsonlWriter
-from megatron_b2.errors import InputError
+from megatron_b2.errors import InputError, OutputError
 from megatron_b2.files.atomic import atomic_file, atomic_folder, write_json
 from megatron_b2.files.progress import ProgressBar
 
 GROUP, WEIGHT = "weights.group", "weights.weight"
+SUMMARY = "mix.json"
+"""In the folder of a mix: what it was made of, and the mark of one."""
 
 
 @dataclass
@@ -62,16 +64,18 @@ def mix(
         where: SQL condition on the attributes in double quotes, such as '"quality.score" > 0.2', that
             documents must meet beside having been kept by every stage.
         workers: processes.
-        overwrite: replace an earlier OUT.
+        overwrite: replace an earlier mix, and nothing else.
 
     Returns:
         The groups by name; without the stage `weights` all have the weight 1 and there is one a language.
 
     Raises:
         InputError: the condition does not parse, or names a column that no stage wrote.
+        OutputError: OUT is something else than an earlier mix, or is one and is not to be replaced.
         DamagedFileError: a file of the run is damaged; the next run makes it again.
     """
     state = State.of(work)
+    _refuse_other_folder(out)
     groups: dict[str, Group] = {}
     with made_again_by_the_next_run(work), atomic_folder(out, overwrite=overwrite) as folder:
         _check_condition(state, where)
@@ -90,8 +94,13 @@ def mix(
         groups = dict(sorted(groups.items()))
         write_blend(folder / "blend.toml", groups, out)
         summary = {name: asdict(group) for name, group in groups.items()}
-        write_json(folder / "mix.json", {"where": where, "stages": state.stages, "groups": summary})
+        write_json(folder / SUMMARY, {"where": where, "stages": state.stages, "groups": summary})
     return groups
+
+
+def _refuse_other_folder(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / SUMMARY).is_file():
+        raise OutputError(f"{out}: is not empty and no earlier mix; give another folder")
 
 
 def _check_condition(state: State, where: str) -> None:
@@ -104,7 +113,8 @@ def _check_condition(state: State, where: str) -> None:
         attributes.lazy().filter(pl.sql_expr(where)).collect()
     except pl.exceptions.PolarsError as error:
         known = ", ".join(f'"{name}"' for name in attributes.columns)
-        raise InputError(f"--where {where!r}: {str(error).splitlines()[0]}; columns are {known}") from error
+        reason = str(error).splitlines()[0].partition("; valid columns")[0]
+        raise InputError(f"--where {where!r}: {reason}; columns are {known}") from error
 
 
 def _attributes(state: State, unit: str) -> pl.DataFrame:

@@ -16,6 +16,8 @@ from megatron_b2.corpus.pipeline.view import read_view
 from megatron_b2.files.atomic import atomic_file
 
 EXAMPLES = 4
+LANGUAGES = 8
+"""That have a colour of their own in the picture."""
 EXCERPT = 400
 """Characters of an example that are shown."""
 
@@ -48,16 +50,16 @@ def _examples(state: State, each: int) -> dict[str, list[Example]]:
         for number, (stage, path) in enumerate(paths):
             table = read_table(path, ["id", f"{stage}.keep", f"{stage}.reason"])
             gone = [
-                (hashlib.sha256(row["id"].encode()).hexdigest(), row["id"], row[f"{stage}.reason"])
-                for row in table.to_pylist()
+                (hashlib.sha256(row["id"].encode()).hexdigest(), row["id"], row[f"{stage}.reason"], place)
+                for place, row in enumerate(table.to_pylist())
                 if row[f"{stage}.keep"] is False
             ]
             chosen = heapq.nsmallest(each, gone)
             if not chosen:
                 continue
             view = read_view([state.unit_path(unit), *(path for _, path in paths[:number])])
-            texts = dict(zip(view.documents.column("id").to_pylist(), view.text.to_pylist(), strict=True))
-            fresh = [Example(*row, texts[row[1]][:EXCERPT]) for row in chosen]
+            texts = dict(zip(view.rows.tolist(), view.text.to_pylist(), strict=True))
+            fresh = [Example(rank, id_, why, texts[place][:EXCERPT]) for rank, id_, why, place in chosen]
             found[stage] = heapq.nsmallest(each, [*found[stage], *fresh])
     return found
 
@@ -68,22 +70,29 @@ def draw_funnel(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = ["raw", *report.total.stages]
-    figure = Figure(figsize=(8, 0.5 * len(steps) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 * len(steps) + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    totals = _left(report.total)
     start = [0.0] * len(steps)
-    for language, funnel in list(report.languages.items())[:8]:
-        widths = [100 * left / max(report.total.raw.bytes, 1) for left in _left(funnel)]
+    for language, sizes in _bars(report).items():
+        widths = [100 * size / max(totals[0], 1) for size in sizes]
         axes.barh(steps, widths, left=start, label=language)
         start = [a + b for a, b in zip(start, widths, strict=True)]
-    totals = _left(report.total)
     for number, left in enumerate(totals):
         axes.text(101, number, f"{100 * left / max(totals[0], 1):.1f} %", va="center")
     axes.invert_yaxis()
     axes.set(xlim=(0, 112), xlabel="% of the raw bytes that are left after the stage")
-    axes.legend(loc="lower left", fontsize="small")
+    figure.legend(loc="outside upper center", ncols=LANGUAGES + 1, fontsize="small", columnspacing=1)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def _bars(report: Report) -> dict[str, list[int]]:
+    """As `_left`, for the languages with the most bytes, and for all others together."""
+    bars = {name: _left(funnel) for name, funnel in list(report.languages.items())[:LANGUAGES]}
+    others = [total - sum(parts) for total, *parts in zip(_left(report.total), *bars.values(), strict=True)]
+    return {**bars, "others": others} if any(others) or not bars else bars
 
 
 def _left(funnel: Funnel) -> list[int]:
@@ -117,7 +126,6 @@ def write_page(report: Report, shown: Mapping[str, list[Example]], picture: Path
             parts.append(f"<p>{title}</p><pre>{html.escape(example.excerpt)}</pre>")
     parts.append(_sources(report.sources))
     parts.append("<h2>Counted beside</h2><ul>")
-    parts.append(f"<li>input: malformed = {report.malformed:,}, empty = {report.empty:,}</li>")
     parts += [f"<li>{html.escape(line)}</li>" for line in [*report.fact_lines(), *report.messages]]
     parts.append("</ul>")
     with atomic_file(path) as file:

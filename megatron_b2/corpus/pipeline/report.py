@@ -102,10 +102,11 @@ class Report:
         }
 
     def fact_lines(self) -> list[str]:
-        """One line for each stage that counts something beside documents."""
+        """What was wrong with the input; one line for each stage that counts something beside documents."""
+        counts = {"input": {"malformed": self.malformed, "empty": self.empty}, **self.facts}
         return [
             f"{stage}: {', '.join(f'{name} = {value}' for name, value in facts.items())}"
-            for stage, facts in self.facts.items()
+            for stage, facts in counts.items()
         ]
 
 
@@ -125,11 +126,15 @@ class State:
         path = work / STATE
         try:
             plain = json.loads(path.read_bytes())
+            units = plain["units"]
+            names, firsts = (tuple(unit[key] for unit in units) for key in ("name", "first"))
+            return cls(work, tuple(plain["stages"]), names, firsts)
         except FileNotFoundError as error:
             raise InputError(f"{path} is missing: `b2 corpus run` did not end in this folder yet") from error
-        units = plain["units"]
-        names, firsts = (tuple(unit[key] for unit in units) for key in ("name", "first"))
-        return cls(work, tuple(plain["stages"]), names, firsts)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged; give `b2 corpus run` again: it writes the file") from error
 
     def unit_path(self, unit: str) -> Path:
         """The documents of a unit."""

@@ -73,11 +73,16 @@ def run_pipeline(
 
     Raises:
         InputError: another driver works in this folder, it is no work folder, or an input is wrong.
+        OutputError: the work folder cannot be written.
         TaskCrashError: a task failed for a reason of its own.
     """
     run, repairs = Run(), 0
     _refuse_foreign(work)
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / MARKER).touch()
+    except OSError as error:
+        raise OutputError(f"{work}: the work folder cannot be written: {error.strerror}") from error
     with _only_driver(work), _empty_scratch(work):
         if verify:
             run.repaired += _forget_damaged(work)
@@ -102,28 +107,29 @@ def _run_once(
     """All outputs, in order; tasks that are done are not run."""
     outputs: list[Path] = []
     scans = scan_tasks(inputs, work)
-    outputs += _run_phase("extract", scans, executor, run)
+    outputs += _run_phase("extract", scans, work, executor, run)
     extracts = extract_tasks(inputs, work, scans)
-    outputs += _run_phase("extract", extracts, executor, run)
+    outputs += _run_phase("extract", extracts, work, executor, run)
     run.units = units_of(extracts)
     earlier: tuple[str, ...] = ()
     for name, stage in stages.items():
         for tasks in stage.phases(Context(work, run.units, name, earlier)):
-            outputs += _run_phase(name, tasks, executor, run)
+            outputs += _run_phase(name, tasks, work, executor, run)
         earlier = (*earlier, name)
     return outputs
 
 
-def _run_phase(stage: str, tasks: Sequence[Task], executor: Executor, run: Run) -> list[Path]:
+def _run_phase(stage: str, tasks: Sequence[Task], work: Path, executor: Executor, run: Run) -> list[Path]:
     started, spent = time.monotonic(), run.times.setdefault(stage, StageTime())
     contents = Contents()
     open_tasks = [task for task in tasks if not is_done(task, contents)]
-    with ProgressBar(stage, total=len(tasks), unit="tasks") as bar:
-        bar.advance(len(tasks) - len(open_tasks))
-        for finished in executor.run(open_tasks) if open_tasks else ():
-            if finished.error is not None:
-                raise finished.error
-            bar.advance(1)
+    if open_tasks:
+        (work / STATE).unlink(missing_ok=True)  # until the run ends, the folder may hold results of two
+        with ProgressBar(stage, total=len(open_tasks), unit="tasks") as bar:
+            for finished in executor.run(open_tasks):
+                if finished.error is not None:
+                    raise finished.error
+                bar.advance(1)
     spent.tasks += len(open_tasks)
     spent.reused += len(tasks) - len(open_tasks)
     spent.seconds += time.monotonic() - started

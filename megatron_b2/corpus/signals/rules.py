@@ -97,7 +97,8 @@ RULES: Final = (
     # punctuation.
     Rule("c4_curly_brackets", "curly_brackets", "<=", 0, _C4, is_on=False),
     Rule("c4_sentences", "c4_sentences", ">=", 3, _C4, is_on=False),
-    Rule("fineweb_punctuated_lines", "punctuated_lines", ">", 0.12, _FINEWEB),
+    # Thai and Lao have no full stop.
+    Rule("fineweb_punctuated_lines", "punctuated_lines", ">", 0.12, _FINEWEB, but_not=("th", "lo")),
     Rule("fineweb_short_lines", "short_lines", "<", 0.67, _FINEWEB),
     # 0.1 in the paper; the default in FineWeb's code is 0.01.
     Rule("fineweb_duplicate_line_characters", "duplicate_line_characters", "<", 0.1, _FINEWEB),

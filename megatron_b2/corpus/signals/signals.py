@@ -105,7 +105,8 @@ SIGNALS: Final = (
     ),
     *_shares(
         "C4",
-        terminal_lines='lines that end with . ! ? " ” 。 ！ ？ ｡ ． 」 or 』 but not with ... or …',
+        terminal_lines='lines that end with . ! ? " ” 。 ！ ？ ｡ ． 」 』 or the full stop of another script '
+        "(Hindi, Urdu, Burmese, Khmer, ...), but not with ... or …",
         few_word_lines="lines with fewer than 5 words",
         c4_characters="characters in the lines that C4 keeps, of those in lines: terminal lines without "
         "few words, long words, JavaScript or policies",

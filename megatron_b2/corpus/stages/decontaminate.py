@@ -8,6 +8,7 @@ item of fewer words counts when all of it is there.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Decontaminate:
         """The items' hashes; then each unit against them."""
         files = expand_inputs(self.paths) if self.paths else []
         sets = tuple((str(path), hash_file(path).sha256) for path in files)
-        index = context.task("items", _index, _Sets(self, sets), (), "items.parquet")
+        index = context.task("items", _index, _Sets(self, sets), (), "items.parquet", version=2)
         yield [index]
         yield [context.unit_task(unit, _search, self, also=[index.output]) for unit in context.units]
 
@@ -75,13 +76,14 @@ def _index(task: Task, _: Limits) -> Result:
     facts = Counter(items=0, too_short=0)
     paths = [Path(path) for path, _ in given.files]
     for document in read_documents(paths, text_key=given.settings.text_key) if paths else ():
-        count = len(words(document.text))
+        text = unicodedata.normalize("NFC", document.text)  # as the documents are
+        count = len(words(text))
         facts["items"] += 1
         if count < given.settings.min_words:
             facts["too_short"] += 1
             continue
         length = min(count, given.settings.ngram)
-        texts.setdefault(length, []).append(document.text)
+        texts.setdefault(length, []).append(text)
         name = document.id or str(document.line)
         names.setdefault(length, []).append(f"{Path(document.path).name}:{name}")
     tables = [_runs(Texts.of(texts[length]), names[length], length) for length in sorted(texts)]

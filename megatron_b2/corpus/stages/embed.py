@@ -23,6 +23,7 @@ from megatron_b2.corpus.pipeline.stage import Context
 from megatron_b2.corpus.pipeline.tasks import Limits, Result, Task
 from megatron_b2.corpus.pipeline.view import View, read_view
 from megatron_b2.documents.texts import Texts
+from megatron_b2.errors import ConfigError, InputError
 
 BATCH = 2_048
 """Documents trained on at once."""
@@ -41,7 +42,12 @@ class Embed:
     """Documents that our own features are trained on."""
 
     def __post_init__(self) -> None:
-        self.options().check()
+        try:
+            self.options().check()
+        except InputError as error:
+            raise ConfigError(f"embed.{error}") from None
+        if self.sample < 1:
+            raise ConfigError(f"embed.sample = {self.sample}: must be 1 or more")
 
     def options(self) -> HashedOptions:
         """Of our own features."""

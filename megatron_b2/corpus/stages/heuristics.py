@@ -25,7 +25,7 @@ class Heuristics:
 
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
         """One phase."""
-        yield context.for_each_unit(_heuristics, self)
+        yield context.for_each_unit(_heuristics, self, version=2)
 
 
 def _heuristics(task: Task, _: Limits) -> Result:

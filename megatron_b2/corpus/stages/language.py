@@ -28,7 +28,7 @@ class Language:
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
         """One phase."""
         sha256 = TextClassifier(self.model).sha256 if self.model else ""
-        yield context.for_each_unit(_language, _Model(self, sha256))
+        yield context.for_each_unit(_language, _Model(self, sha256), version=2)
 
 
 @dataclass(frozen=True)

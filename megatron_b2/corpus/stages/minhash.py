@@ -34,6 +34,7 @@ from megatron_b2.corpus.pipeline.stage import Context, Unit
 from megatron_b2.corpus.pipeline.tasks import Limits, Result, Task
 from megatron_b2.corpus.pipeline.view import read_view
 from megatron_b2.documents.texts import Texts
+from megatron_b2.errors import ConfigError
 
 PARTITION_BYTES = 1 << 28
 """Memory to group one partition of records, whatever the limit: the files must not depend on it."""
@@ -46,6 +47,12 @@ BLOCK_SHARE = 4
 @dataclass(frozen=True)
 class MinHash(NearDuplicates):
     """Near-duplicates over the whole corpus."""
+
+    def __post_init__(self) -> None:
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            raise ConfigError([f"minhash.{problem}" for problem in error.problems]) from None
 
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
         """See the module."""

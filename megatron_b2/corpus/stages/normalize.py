@@ -16,6 +16,7 @@ from ftfy.badness import is_bad
 from megatron_b2.corpus.pipeline.stage import Context
 from megatron_b2.corpus.pipeline.tasks import Limits, Result, Task
 from megatron_b2.corpus.pipeline.view import read_view
+from megatron_b2.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Normalize:
     """Repair text that was decoded with the wrong encoding, where ftfy is sure."""
     max_blank_lines: int = 1
     """More blank lines in a row than this become this many."""
+
+    def __post_init__(self) -> None:
+        if self.max_blank_lines < 0:
+            raise ConfigError(f"normalize.max_blank_lines is {self.max_blank_lines}: must be 0 or more")
 
     def phases(self, context: Context) -> Iterator[Sequence[Task]]:
         """One phase."""

@@ -91,7 +91,7 @@ class Paragraph:
     """Shorter paragraphs stay; bytes without white space, a Han character has 3."""
 
     def __post_init__(self) -> None:
-        self.limits()
+        _refuse_negative("paragraph", least_bytes=self.least_bytes)
 
     def limits(self) -> SpanLimits:
         """For `record_spans`."""
@@ -118,7 +118,13 @@ class Sentence:
     """A sentence that occurs more often in the corpus is boilerplate: only its first occurrence stays."""
 
     def __post_init__(self) -> None:
-        self.limits()
+        _refuse_negative(
+            "sentence",
+            run_length=self.run_length,
+            run_bytes=self.run_bytes,
+            least_bytes=self.least_bytes,
+            boilerplate=self.boilerplate,
+        )
 
     def limits(self) -> SpanLimits:
         """For `record_spans`."""
@@ -134,6 +140,14 @@ class Sentence:
         kinds = (_Kind("runs"), _Kind("sentences", more_than=self.boilerplate))
         found = yield from _find(context, self, kinds, _record_spans)
         yield _judgements(context, self, kinds, _cut, found)
+
+
+def _refuse_negative(stage: str, **settings: int) -> None:
+    problems = [
+        f"{stage}.{name} is {value}: must be 0 or more" for name, value in settings.items() if value < 0
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class Weights:
             for value in values
             if not (isinstance(value, int | float) and 0 < value < math.inf)
         ]
+        if self.limits[0] > self.limits[1]:
+            problems.append(f"weights.limits are {self.limits}: the first must not be above the second")
         if not self.tier_weights:
             problems.append("weights.tier_weights is empty: give one weight for each tier")
         if not 0 <= self.cluster_power <= 1:

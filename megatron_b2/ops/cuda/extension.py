@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_b2.errors import InputError
+from megatron_b2.ops.precision import one_dtype
 
 DTYPE_CODES: Final[Mapping[torch.dtype, int]] = MappingProxyType(
     {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -75,8 +76,4 @@ def dtype_code(*tensors: Tensor) -> int:
     Raises:
         InputError: if they differ, or it is not fp32, fp16 or bf16.
     """
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) != 1 or not dtypes <= DTYPE_CODES.keys():
-        found = " and ".join(sorted(str(dtype) for dtype in dtypes))
-        raise InputError(f"CUDA kernels take tensors of one dtype, fp32, fp16 or bf16; got {found}")
-    return DTYPE_CODES[dtypes.pop()]
+    return DTYPE_CODES[one_dtype(*tensors)]

@@ -29,6 +29,7 @@ from megatron_b2.ops.cuda import extension, matmul
 from megatron_b2.ops.cuda.head_softmax import epilogue, update_statistics
 from megatron_b2.ops.head_common import (
     Statistics,
+    check_shapes,
     merge,
     over_ranks,
     parts_of_rank,
@@ -219,5 +220,6 @@ def norm_head_loss(
     The backward makes the products again from the saved inputs and 16 bytes a token, so a graph that is kept
     may be differentiated again. Largest temporaries, at T = 4,096: fp32 T x 4,096, T x H and 4,096 x H.
     """
+    check_shapes(hidden, weight, labels)
     scales = (scalar(scale, hidden.device) for scale in (ce_scale, z_scale))
     return HeadLoss(*_NormHeadLoss.apply(hidden, weight, labels, *scales, tensor or TensorParallel()))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_b2.ops.cuda import extension
+from megatron_b2.ops.rms_norm import check_shapes
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -82,12 +83,14 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Normalise the last dimension; see ops/rms_norm.py."""
+    check_shapes(x, weight)
     result: Tensor = _RMSNorm.apply(x.contiguous(), weight.contiguous(), eps)
     return result
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """Norm of x + residual, and the sum as it is stored; see ops/rms_norm.py."""
+    check_shapes(x, weight, residual)
     result: tuple[Tensor, Tensor] = _AddRMSNorm.apply(
         x.contiguous(), residual.contiguous(), weight.contiguous(), eps
     )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_b2.errors import InputError
 from megatron_b2.ops.cuda import extension
+from megatron_b2.ops.swiglu import check_width
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -36,7 +36,6 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up; see ops/swiglu.py."""
-    if gate_up.shape[-1] % 2:
-        raise InputError(f"gate_up has an odd width: {gate_up.shape[-1]}")
+    check_width(gate_up)
     result: Tensor = _SwiGLU.apply(gate_up.contiguous())
     return result

@@ -136,6 +136,7 @@ class _Call:
         skip: bool,
     ) -> _Call:
         head_dim, heads, key_heads = q.shape[3], q.shape[1], k.shape[1]
+        target.check_dtype(q, k, v)
         assert head_dim <= MAX_HEAD_DIM, f"head width {head_dim} is more than {MAX_HEAD_DIM}"
         assert heads % key_heads == 0, f"{heads} query heads do not divide by {key_heads} key heads"
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))

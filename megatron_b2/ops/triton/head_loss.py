@@ -26,7 +26,7 @@ import torch.distributed as dist
 import triton
 from torch import Tensor
 
-from megatron_b2.ops.head_common import PARTS, parts_of_rank, scalar, unit_scales
+from megatron_b2.ops.head_common import PARTS, check_shapes, parts_of_rank, scalar, unit_scales
 from megatron_b2.ops.head_loss import IGNORE_INDEX, HeadLoss
 from megatron_b2.ops.norm_head import EPS
 from megatron_b2.ops.triton import head_kernels, matmul, target
@@ -61,8 +61,7 @@ class Head:
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, labels: Tensor, tensor: TensorParallel) -> Head:
-        if hidden.dtype != weight.dtype:
-            raise TypeError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: they must be the same")
+        target.check_dtype(hidden, weight)
         hidden, weight, labels = _rows_contiguous(hidden), _rows_contiguous(weight), labels.contiguous()
         tiles = head_tiles(target.arch_of(hidden.device), hidden.element_size())
         return cls(hidden, weight, inverse_norms(weight, tiles), labels, tensor, tiles)
@@ -409,6 +408,7 @@ def _apply(
     z_scale: Tensor | float,
     tensor: TensorParallel | None,
 ) -> HeadLoss:
+    check_shapes(hidden, weight, labels)
     scales = (scalar(scale, hidden.device) for scale in (ce_scale, z_scale))
     return HeadLoss(*function.apply(hidden, weight, labels, *scales, tensor or TensorParallel()))
 

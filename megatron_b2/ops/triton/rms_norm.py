@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_b2.ops.rms_norm import check_shapes
 from megatron_b2.ops.triton import target
 from megatron_b2.ops.triton.rows import as_rows, programs_for, row_tile
 
@@ -201,7 +202,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     Returns:
         [..., H] in the dtype of x, contiguous.
     """
-    result: Tensor = _RMSNorm.apply(x, weight, eps)
+    target.check_dtype(x, weight)
+    check_shapes(x, weight)
+    result: Tensor = _RMSNorm.apply(x, weight.contiguous(), eps)
     return result
 
 
@@ -217,5 +220,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
     Returns:
         The norm of the total, and the total x + residual, rounded to the dtype of x before it is normalised.
     """
-    out, total = _AddRMSNorm.apply(x, residual, weight, eps)
+    target.check_dtype(x, residual, weight)
+    check_shapes(x, weight, residual)
+    out, total = _AddRMSNorm.apply(x, residual, weight.contiguous(), eps)
     return out, total

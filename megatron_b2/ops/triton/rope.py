@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_b2.errors import InputError
 from megatron_b2.ops.triton.rows import TILE_WARPS, tile_of
+from megatron_b2.ops.triton.target import check_dtype
 
 
 @triton.jit
@@ -128,6 +130,17 @@ def _table_strides(table: Tensor) -> tuple[int, int]:
     return (table.stride(0) if table.shape[0] > 1 else 0), table.stride(1)
 
 
+def _check_shapes(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Refuse what the kernel would read beyond the end of."""
+    batch, length, parts, _, width = qkv.shape
+    fitting = [(batches, length, width // 2) for batches in (1, batch)]
+    if parts != 3 or width % 2 or cos.shape not in fitting or sin.shape != cos.shape:
+        raise InputError(
+            f"qkv must be [B, S, 3, H, D], D even, and both tables [B or 1, S, D/2]; got {list(qkv.shape)}, "
+            f"{list(cos.shape)} and {list(sin.shape)}"
+        )
+
+
 class _RopeSplit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,5 +186,7 @@ def rope_split(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, T
     Returns:
         q, k, v, each [B, S, H, D] in the dtype of qkv; v is a view of it.
     """
+    check_dtype(qkv)
+    _check_shapes(qkv, cos, sin)
     q, k, v = _RopeSplit.apply(qkv, cos, sin)
     return q, k, v

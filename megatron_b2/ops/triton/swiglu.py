@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_b2.ops.swiglu import check_width
 from megatron_b2.ops.triton.rows import TILE_WARPS, as_rows, tile_of
+from megatron_b2.ops.triton.target import check_dtype
 
 
 @triton.jit
@@ -102,5 +104,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Returns:
         [..., F] in the same dtype.
     """
+    check_dtype(gate_up)
+    check_width(gate_up)
     result: Tensor = _SwiGLU.apply(gate_up)
     return result

@@ -150,7 +150,7 @@ def _floors(problem: Problem, exact: tuple[Tensor, ...]) -> dict[str, float]:
     A few units of the largest score are an error of probabilities, so of all gradients; a few units of delta
     one of the difference of which the gradients of q and k are sums. The log-sum-exp of few scores has the
     error of a score, whose sum may be larger on its way than in the end (as large as that of any two vectors
-    of these lengths), and twice the units: in 16 bits scores are powers of 2, converted there and back.
+    of these lengths); in 16 bits twice the units: scores are powers of 2 there, converted there and back.
     """
     unit = FLOOR_ULPS * torch.finfo(torch.float32).eps
     q, k, out = problem.q.float(), problem.k.float(), exact[0]
@@ -159,7 +159,8 @@ def _floors(problem: Problem, exact: tuple[Tensor, ...]) -> dict[str, float]:
     on_the_way = float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) / q.shape[3]
     delta = float((problem.grad_out.double() * out).sum(-1).abs().max()) * scale
     factors = {"grad_q": k, "grad_k": q, "grad_v": torch.zeros(1)}
-    return {"lse": 2 * unit * max(score, on_the_way)} | {
+    conversions = 1 if problem.q.dtype == torch.float32 else 2
+    return {"lse": conversions * unit * max(score, on_the_way)} | {
         name: unit * (score * float(gradient.abs().max()) + delta * float(factors[name].abs().max()))
         for name, gradient in zip(QUANTITIES[2:], exact[2:], strict=True)
     }

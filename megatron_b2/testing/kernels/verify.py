@@ -37,7 +37,7 @@ class Result:
         """One line for people: the quantity nearest to, or farthest beyond, its limit."""
         if self.failure:
             return f"FAILED: {self.failure.strip().splitlines()[-1]}"
-        worst = max(self.deviations, key=lambda d: d.ours / max(d.limit, 1e-300))
+        worst = max(self.deviations, key=lambda d: (not d.passed, d.ours / max(d.limit, 1e-300)))
         verdict = "ok" if self.passed else "TOO FAR OFF"
         return f"{worst.quantity} {worst.ours:.1e}, torch {worst.torch:.1e}  {verdict}"
 

@@ -140,3 +140,10 @@ def test_damaged_models_are_named(trained: tuple[str, Path], tmp_path: Path) -> 
     (folder / "quality.json").unlink()
     with pytest.raises(InputError, match="train-quality makes it"):
         QualityModel(folder)
+
+
+def test_nothing_but_an_earlier_model_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="no earlier quality model"):
+        train_quality(["a text"] * 20, tmp_path, QualityOptions(language="en"), overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -22,7 +22,7 @@ POLICIES = (
 )
 ENDS = re.compile("\r\n|[\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029]")
 BULLETS = "•‣⁃◦▪▫●○■□◆►➢★·・"
-TERMINALS = '.!?"\u201d。！？｡．」』'
+TERMINALS = '.!?"\u201d。！？｡．」』؟۔।॥։።፧။។៕༎།'
 CP1252 = "".join(bytes([b]).decode("cp1252", "ignore") for b in range(0x80, 0xA0))
 
 # Characters of every kind that the tests use, by kind.
@@ -35,7 +35,7 @@ FORMATS = "\u200c\u200d\xad"
 SPACES = " \t\x1f\xa0\u3000\u200b"
 CONTROLS = "\x00\x07\x7f\x80\x9f"
 NEWLINES = "\n\v\f\r\x1c\x1d\x1e\x85\u2028\u2029"
-PUNCTUATION = ".,;:!?#-*/'\"()[]{}_…。，！？「」『』・•‘’“”–—、"
+PUNCTUATION = ".,;:!?#-*/'\"()[]{}_…。，！？「」『』・•‘’“”–—、؟।។"
 SYMBOLS = "$+=<>|~\ufffd€™©→😀"
 LETTERS = "abcABCxyzÄéßÃÂâåæåŒЖжΩω"
 DIGITS = "0123456789²٣７"

@@ -27,6 +27,23 @@ GOOD_ZH = (
 )
 
 
+GOOD_ELSEWHERE = {
+    "hi": (
+        "हिन्दी विश्व की एक प्रमुख भाषा है और भारत की एक राजभाषा है। केन्द्रीय स्तर पर भारत में सह आधिकारिक भाषा अंग्रेजी है। यह हिंदुस्तानी भाषा की एक मानकीकृत रूप है जिसमें संस्कृत के तत्सम तथा तद्भव शब्दों का प्रयोग अधिक है।\n"
+        "दिल्ली भारत की राजधानी है और यहाँ बहुत से लोग रहते हैं। यह नगर यमुना नदी के किनारे पर बसा हुआ है और इसका इतिहास बहुत पुराना है।\n"
+    ),
+    "th": (
+        "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอนหรือวรรณยุกต์เช่นเดียวกับภาษาจีน และออกเสียงแยกคำต่อคำ\n"
+        "กรุงเทพมหานครเป็นเมืองหลวงและนครที่มีประชากรมากที่สุดของประเทศไทย เป็นศูนย์กลางการปกครอง การศึกษา การคมนาคมขนส่ง\n"
+        "แม่น้ำเจ้าพระยาเป็นแม่น้ำสายหลักของประเทศไทยไหลผ่านหลายจังหวัดก่อนลงสู่อ่าวไทย\n"
+    ),
+    "km": (
+        "ភាសាខ្មែរគឺជាភាសាកំណើតរបស់ជនជាតិខ្មែរនិងជាភាសាផ្លូវការរបស់ប្រទេសកម្ពុជា។ ប្រាសាទអង្គរវត្តជាប្រាសាទធំជាងគេ។\n"
+        "ភ្នំពេញគឺជារាជធានីនិងទីក្រុងធំបំផុតនៃប្រទេសកម្ពុជា មានទីតាំងនៅតាមដងទន្លេមេគង្គ។\n"
+    ),
+}  # fmt: skip
+
+
 def broken_by(text: str, language: str, **overrides: object) -> str | None:
     verdicts = judge(measure_signals(Texts.of([text])), [language], configure(overrides))
     (name,) = verdicts.to_arrow().to_pylist()
@@ -42,6 +59,12 @@ def test_rules_name_signals_and_are_unique() -> None:
 def test_good_documents_stay() -> None:
     assert broken_by(GOOD, "en") is None
     assert broken_by(GOOD_ZH, "zh-Hans") is None
+
+
+@pytest.mark.parametrize("language", GOOD_ELSEWHERE)
+def test_good_documents_of_other_scripts_stay(language: str) -> None:
+    """Their lines end with another full stop, or with none."""
+    assert broken_by(GOOD_ELSEWHERE[language], language) is None
 
 
 @pytest.mark.parametrize(

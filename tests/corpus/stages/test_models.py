@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,12 @@ def test_evaluation_items_are_found_however_they_are_written(tmp_path: Path, kin
 def test_nothing_to_look_for(tmp_path: Path) -> None:
     rows = go(tmp_path, [{"text": HELD_OUT[0]}], decontaminate=Decontaminate())
     assert rows["0"]["decontaminate.keep"]
+
+
+def test_an_item_of_decomposed_letters(tmp_path: Path) -> None:
+    """Documents are in NFC, evaluation sets in whatever form they come."""
+    question = "Où est né le célèbre ingénieur qui a créé la première école supérieure près de Besançon ?"
+    (tmp_path / "quiz.txt").write_text(unicodedata.normalize("NFD", question), encoding="utf-8")
+    documents = [{"id": "planted", "text": f"Une page. {question} Et la suite."}]
+    rows = go(tmp_path, documents, decontaminate=Decontaminate((str(tmp_path / "quiz.txt"),)))
+    assert not rows["planted"]["decontaminate.keep"]

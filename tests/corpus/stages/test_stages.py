@@ -238,9 +238,21 @@ def test_wrong_settings_are_reported_at_once(folder: Path) -> None:
     assert "did you mean --minhash.bands?" in str(error.value)
 
 
-def test_a_threshold_out_of_range_names_the_setting(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"threshold = 1\.5: must be above 0"):
-        load_pipeline(folder / "pipeline.toml", ["--minhash.threshold", "1.5"])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("minhash.threshold", "1.5"),
+        ("normalize.max-blank-lines", "-1"),
+        ("sentence.run-length", "-1"),
+        ("paragraph.least-bytes", "-4"),
+        ("embed.sample", "0"),
+        ("embed.dimension", "0"),
+        ("weights.limits", "8 0.1"),
+    ],
+)
+def test_a_value_out_of_range_names_the_setting(folder: Path, setting: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{setting.replace('-', '_')} .*must"):
+        load_pipeline(folder / "pipeline.toml", [f"--{setting}", *value.split()])
 
 
 def test_cluster_needs_embed(folder: Path) -> None:

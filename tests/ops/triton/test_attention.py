@@ -370,6 +370,26 @@ def with_poison(starts: list[int], poisoned: slice, clean: slice, *, skip: bool,
     assert (grad_v[:, :, poisoned] == 0).all()
 
 
+def over_documents(starts: list[int]) -> None:
+    """Documents that begin and end inside of blocks and are longer than several, on small tiles."""
+    from megatron_b2.ops.triton import target
+    from megatron_b2.ops.triton.attention import TritonAttention
+
+    plain, segments = Problem.of(Shape(16, 400), torch.float32, CPU), torch.zeros(1, 400, dtype=torch.int32)
+    segments[0, starts] = 1
+    problem = replace(plain, pattern=Pattern(plain.pattern.slopes, Documents.of(segments.cumsum(1))))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(target, "arch_of", lambda device: "sm_80")
+        found = results(problem, TritonAttention())
+    for ours, exact in zip(found, exact_results(problem), strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("starts", [[70], [30, 333], [129, 190, 191]], ids=str)
+def test_no_document_sees_another(starts: list[int]) -> None:
+    run_interpreted(over_documents, starts)
+
+
 def test_blocks_of_earlier_documents_are_not_visited() -> None:
     run_interpreted(lambda: with_poison([512], slice(0, 512), slice(512, 1_024), skip=False, slope=None))
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_b2.errors import InputError
 from megatron_b2.parallel.tensor_parallel import TensorParallel
 from megatron_b2.testing.kernels import head_loss as kit
 from megatron_b2.testing.kernels.interpreter import run_interpreted
@@ -271,7 +272,9 @@ def check_graph() -> None:
             head_loss.norm_head_loss_kept(hidden, weight, labels, ce_scale=0.3, z_scale=0.1).total, both[0]
         )
         assert torch.equal(weight, before)
-    with pytest.raises(TypeError, match=r"hidden is torch\.float16 and weight is torch\.float32"):
+    with pytest.raises(
+        InputError, match=r"one dtype, fp32, fp16 or bf16; got torch\.float16 and torch\.float32"
+    ):
         head_loss.norm_head_loss(hidden.half(), weight, labels, ce_scale=1.0, z_scale=0.0)
 
 

@@ -184,3 +184,54 @@ def check_many_tokens(folder: Path) -> None:
 
 def test_merge_beyond_int32(tmp_path: Path) -> None:
     run_interpreted(check_many_tokens, tmp_path)
+
+
+def hollow(path: Path, *shape: int) -> Tensor:
+    """fp32 zeros in a file that takes disk only where it is written."""
+    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel()).view(shape)
+
+
+def check_statistics_of_many_tokens(folder: Path) -> None:
+    """The first 3 of 2^28 tokens: the third of four segments is stored from 2^31 on."""
+    from megatron_b2.ops.triton import head_kernels
+
+    hidden, weight, labels = inputs(3, 64, 16)
+    norms, sizes = 1 / weight.norm(dim=1), {"ROWS": 4, "COLUMNS": 16, "DEPTH": 16, "KEEPS": False}
+    found = []
+    for tokens in (3, 2**28):
+        out = hollow(folder / str(tokens), 4, 4, tokens)
+        rows = [torch.cat([x, x[:1]]) for x in (hidden, labels)]  # a block of 4 tokens is read
+        head_kernels.statistics_kernel[(1, 4)](
+            rows[0], weight, norms, rows[1], out, out, tokens, 64, 16, 16, 16, 0, 0, 4, 1, **sizes
+        )
+        found.append(out[:, :, :3].clone())
+    assert found[0][:, :2].abs().sum(dim=(1, 2)).all()
+    assert torch.equal(*found)
+
+
+def check_gradient_of_many_tokens(folder: Path) -> None:
+    """Ids of the largest logits are 2^31 elements behind the largest logits; of three blocks the last one's sums
+    are as far away."""
+    from megatron_b2.ops.triton import head_kernels
+
+    products, norms, labels = torch.randn(3, 8), torch.rand(8) + 0.5, torch.tensor([5, -100, 2])
+    scales, table = torch.tensor([1.0, 0.25]), torch.rand(4, 3) + 0.5
+    table[2] = torch.tensor([1.0, 6.0, 3.0])
+    sizes = {"KEPT": True, "ROWS": 1, "COLUMNS": 8, "DEPTH": 16, "GROUP": 1}
+    found = []
+    for stride, distance in ((3, 8), (2**30, 2**30 + 64)):
+        statistics, gradient = hollow(folder / f"statistics {stride}", 4, stride), torch.empty(3, 8)
+        statistics[:, :3] = table
+        sums = hollow(folder / f"sums {stride}", 2 * distance + 8)
+        head_kernels.logit_gradient_kernel[(3,)](
+            gradient, gradient, norms, labels, statistics, scales, products, gradient, sums,
+            stride, 8, 16, 0, 0, 8, 8, distance, 0, -100, **sizes,
+        )  # fmt: skip
+        found.append((gradient, sums.as_strided((3, 8), (distance, 1)).clone()))
+    assert all(x.abs().sum(1).all() for x in found[0])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("check", [check_statistics_of_many_tokens, check_gradient_of_many_tokens])
+def test_statistics_and_sums_beyond_int32(check: Callable[[Path], None], tmp_path: Path) -> None:
+    run_interpreted(check, tmp_path)
