@@ -89,6 +89,8 @@ class Mix:
     """New folder; blend.toml in it lists the groups as data sources."""
     where: str = ""
     """A further condition: SQL on attributes, names in double quotes."""
+    least_bytes: int = 100_000
+    """A smaller group joins that of its language whose weight is nearest: a source must fill a sequence."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes."""
     overwrite: bool = False
@@ -223,6 +225,7 @@ def _mix(command: Mix) -> int:
         command.work,
         command.out,
         where=command.where,
+        least_bytes=command.least_bytes,
         workers=command.workers,
         overwrite=command.overwrite,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,8 @@ from megatron_b2.files.atomic import atomic_file, atomic_folder, write_json
 from megatron_b2.files.progress import ProgressBar
 
 GROUP, WEIGHT = "weights.group", "weights.weight"
+LEAST_BYTES = 100_000
+"""Of a group: several sequences of 4,096 tokens, without which a run refuses it as a source (our choice)."""
 SUMMARY = "mix.json"
 """In the folder of a mix: what it was made of, and the mark of one."""
 
@@ -33,6 +36,7 @@ SUMMARY = "mix.json"
 class Group:
     """Documents of one language and one weight: a source of the blend."""
 
+    language: str
     weight: float
     """Sampling weight of a byte of it, relative to other groups."""
     documents: int = 0
@@ -47,6 +51,7 @@ class _Piece:
     """What one unit gave to a group."""
 
     group: str
+    language: str
     weight: float
     documents: int
     bytes: int
@@ -55,7 +60,13 @@ class _Piece:
 
 
 def mix(
-    work: Path, out: Path, *, where: str = "", workers: int = 1, overwrite: bool = False
+    work: Path,
+    out: Path,
+    *,
+    where: str = "",
+    least_bytes: int = LEAST_BYTES,
+    workers: int = 1,
+    overwrite: bool = False,
 ) -> dict[str, Group]:
     """Write OUT/<group>/<unit>.jsonl.zst, OUT/blend.toml and OUT/mix.json; nothing if it fails.
 
@@ -63,6 +74,7 @@ def mix(
         work: folder of a finished run.
         where: SQL condition on the attributes in double quotes, such as '"quality.score" > 0.2', that
             documents must meet beside having been kept by every stage.
+        least_bytes: a smaller group joins that of its language whose weight is nearest.
         workers: processes.
         overwrite: replace an earlier mix, and nothing else.
 
@@ -87,15 +99,36 @@ def mix(
             for pieces in pool.imap(task, state.units):
                 bar.advance(1)
                 for piece in pieces:
-                    group = groups.setdefault(piece.group, Group(piece.weight))
+                    group = groups.setdefault(piece.group, Group(piece.language, piece.weight))
                     group.documents += piece.documents
                     group.bytes += piece.bytes
                     group.files[piece.file] = piece.sha256
+        _join_small(groups, folder, least_bytes)
         groups = dict(sorted(groups.items()))
         write_blend(folder / "blend.toml", groups, out)
         summary = {name: asdict(group) for name, group in groups.items()}
         write_json(folder / SUMMARY, {"where": where, "stages": state.stages, "groups": summary})
     return groups
+
+
+def _join_small(groups: dict[str, Group], folder: Path, least_bytes: int) -> None:
+    """Move the files of small groups, the smallest first, to the nearest group of their language, if it has
+    another."""
+    for name in sorted(groups, key=lambda name: (groups[name].bytes, name)):
+        small = groups[name]
+        others = [key for key in groups if key != name and groups[key].language == small.language]
+        if small.bytes >= least_bytes or not others:
+            continue
+        nearest = min(others, key=lambda key: (abs(math.log(groups[key].weight / small.weight)), key))
+        joined = groups[nearest]
+        for file, sha256 in small.files.items():
+            moved = f"{nearest}/{file.replace('/', '.')}"
+            (folder / file).rename(folder / moved)
+            joined.files[moved] = sha256
+        joined.documents += small.documents
+        joined.bytes += small.bytes
+        (folder / name).rmdir()
+        del groups[name]
 
 
 def _refuse_other_folder(out: Path) -> None:
@@ -170,7 +203,8 @@ def _write_group(folder: Path, name: str, unit: str, documents: Sequence[Mapping
         for document in documents:
             writer.write({key: document[key] for key in ("id", "text", "language", "source", "url")})
             size += len(document["text"].encode())
-    return _Piece(name, documents[0]["weight"], len(documents), size, file, writer.sha256)
+    first = documents[0]
+    return _Piece(name, first["language"], first["weight"], len(documents), size, file, writer.sha256)
 
 
 def write_blend(path: Path, groups: Mapping[str, Group], out: Path) -> None:

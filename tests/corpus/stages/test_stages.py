@@ -20,6 +20,7 @@ from megatron_b2.corpus.pipeline.explain import explain
 from megatron_b2.corpus.pipeline.mix import Group, folder_of, mix, write_blend
 from megatron_b2.corpus.pipeline.report import State, make_report
 from megatron_b2.corpus.pipeline.run import run_pipeline
+from megatron_b2.documents import read_documents
 from megatron_b2.errors import ConfigError, InputError
 from tests.corpus.pipeline.inline import Inline
 from tests.corpus.prose import prose
@@ -202,7 +203,7 @@ def test_report_and_mix_by_command(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_blend_has_no_weight_of_zero(tmp_path: Path) -> None:
-    groups = {"much": Group(8.0, bytes=10**12), "little": Group(0.125, bytes=10)}
+    groups = {"much": Group("en", 8.0, bytes=10**12), "little": Group("en", 0.125, bytes=10)}
     write_blend(tmp_path / "blend.toml", groups, tmp_path)
     sources = tomllib.loads((tmp_path / "blend.toml").read_text())["data"]["sources"]
     assert [source["prefix"] for source in sources] == ["tokens/much", "tokens/little"]
@@ -215,6 +216,32 @@ def test_every_group_has_a_folder_of_its_own(groups: list[str]) -> None:
     names = [folder_of(group) for group in groups]
     assert len(set(names)) == len(groups)
     assert not [name for name in names if not name or "/" in name or name.startswith(".")]
+
+
+def test_small_groups_join_the_nearest_of_their_language(folder: Path) -> None:
+    apart = mix(folder / "work", folder / "apart", least_bytes=0)
+    languages = {group.language for group in apart.values()}
+    smallest, *others = sorted(apart, key=lambda name: apart[name].bytes)
+    small = apart[smallest]
+    least = {small.bytes + 1: len(apart) - 1, 10**9: len(languages)}
+    for least_bytes, expected in least.items():
+        joined = mix(folder / "work", folder / "joined", least_bytes=least_bytes, overwrite=True)
+        assert len(joined) == expected < len(apart)
+        assert sum(group.bytes for group in joined.values()) == sum(group.bytes for group in apart.values())
+        for name, group in joined.items():
+            place = folder / "joined" / name
+            assert sorted(f"{name}/{path.name}" for path in place.iterdir()) == sorted(group.files)
+            documents = list(read_documents([place]))
+            assert len(documents) == group.documents
+            assert {document.language for document in documents} == {group.language}
+    joined = mix(folder / "work", folder / "joined", least_bytes=small.bytes + 1, overwrite=True)
+    (home,) = (name for name in joined if any(smallest in file for file in joined[name].files))
+    distance = {
+        name: abs(np.log(apart[name].weight / small.weight))
+        for name in others
+        if apart[name].language == small.language
+    }
+    assert distance[home] == min(distance.values())
 
 
 def test_mix_takes_a_condition(folder: Path) -> None:
