@@ -29,6 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_b2.config.schema import ModelConfig
+from megatron_b2.errors import InputError
 from megatron_b2.model.model import BaichuanModel
 from megatron_b2.model.sharding import shard_spec
 from megatron_b2.model.split import ModelSplit
@@ -153,7 +154,7 @@ def type_of_loss(mesh: DeviceMesh, tensor: TensorParallel, position: Literal["ro
         spmd.assert_type(ids, {group: spmd.R})
         try:
             total = model(ids, ids).total
-        except (spmd.SpmdTypeError, RuntimeError) as error:
+        except (spmd.SpmdTypeError, RuntimeError, InputError) as error:
             return type(error).__name__
         return str(spmd.get_local_type(total)[spmd.normalize_axis(group)])
 
@@ -189,10 +190,10 @@ def test_every_collective_that_is_left_out_is_found() -> None:
 
 
 def test_every_sequence_collective_that_is_left_out_is_found() -> None:
-    """By its shape already, except before the head, which takes any number of positions."""
+    """By its type, or by its shape already, as before the head, which has a label for each position."""
     found = in_child(types_with, "alibi", True, PLACES)
-    assert set(found) <= {"SpmdTypeError", "RuntimeError"}
-    assert found[PLACES.index(("enter", 2 * LAYERS))] == "SpmdTypeError"
+    assert set(found) <= {"SpmdTypeError", "RuntimeError", "InputError"}
+    assert found[PLACES.index(("enter", 2 * LAYERS))] == "InputError"
 
 
 COLLECTIVES: list[tuple[type, Any]] = [
