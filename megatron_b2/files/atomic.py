@@ -65,15 +65,19 @@ def write_json(path: Path, value: Any, *, error: type[B2Error] = OutputError) ->
 
 @contextlib.contextmanager
 def atomic_folder(
-    path: Path, *, overwrite: bool = False, error: type[B2Error] = OutputError
+    path: Path, *, replaces: str = "", error: type[B2Error] = OutputError
 ) -> Iterator[Path]:
     """New folder that becomes `path` when the block ends well; after an error nothing is left.
 
-    Raises `error` before the block when `path` exists and is not an empty folder, unless `overwrite`.
+    Raises `error` before the block when `path` exists and is not an empty folder, unless it holds a file
+    `replaces`, by which an earlier result is known from any other folder.
     """
     if path.exists() and not path.is_dir():
         raise error(f"{path} exists and is not a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    is_used = path.is_dir() and any(path.iterdir())
+    if is_used and replaces and not (path / replaces).is_file():
+        raise error(f"{path} is not empty and no earlier result (no {replaces} in it); give another folder")
+    if is_used and not replaces:
         raise error(
             f"{path} already exists and is not empty; give another folder, remove this one, "
             "or pass --overwrite where the command has it"

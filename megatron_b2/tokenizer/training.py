@@ -105,7 +105,7 @@ def train_tokenizer(
     options = options or TrainOptions()
     symbols, trained = _plan(options)
     started = time.monotonic()
-    with atomic_folder(out, overwrite=overwrite) as folder:
+    with atomic_folder(out, replaces=REPORT_NAME if overwrite else "") as folder:
         files = expand_inputs(inputs)
         reading = ReadReport()
         sizes = _count_languages(files, options, reading)

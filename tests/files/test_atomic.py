@@ -11,7 +11,7 @@ from megatron_b2.files.atomic import atomic_file, atomic_folder, write_json
 
 
 def fill(folder: Path, *, overwrite: bool, fail: bool = False) -> None:
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    with atomic_folder(folder, replaces="new.txt" if overwrite else "") as temporary:
         (temporary / "new.txt").write_text("new")
         if fail:
             raise ValueError("stop")
@@ -32,6 +32,10 @@ def test_folder(tmp_path: Path) -> None:
     fill(target, overwrite=True)
     assert [p.name for p in target.iterdir()] == ["new.txt"]
     assert [p.name for p in target.parent.iterdir()] == ["out"]
+    (target / "new.txt").rename(target / "other.txt")
+    with pytest.raises(OutputError, match=r"no earlier result \(no new.txt in it\)"):
+        fill(target, overwrite=True)
+    assert [p.name for p in target.iterdir()] == ["other.txt"]
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="not a folder"):
         fill(tmp_path / "file", overwrite=True)

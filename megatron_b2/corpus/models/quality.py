@@ -36,7 +36,7 @@ from megatron_b2.corpus.models.perplexity import (
     train_perplexity,
 )
 from megatron_b2.documents.texts import Texts
-from megatron_b2.errors import InputError, OutputError
+from megatron_b2.errors import InputError
 from megatron_b2.files.atomic import atomic_folder, write_json
 
 VERSION = 1
@@ -133,8 +133,6 @@ def train_quality(
     Raises InputError for bad options, fewer than 20 clean documents, or a kind of `bad` without texts;
     OutputError when `folder` is not empty, unless it holds an earlier model and `overwrite`.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _FILES["quality"]).is_file():
-        raise OutputError(f"{folder}: is not empty and no earlier quality model; give another folder")
     texts, given = _checked(clean, bad, options)
     rng = random.Random(options.seed)
     taught, joined = _split(texts, options.calibration, rng)
@@ -142,7 +140,7 @@ def train_quality(
     taught_bad = {kind: half[0] for kind, half in given_halves.items()}
     joined_bad = {kind: half[1] for kind, half in given_halves.items()}
     facts = {"language": options.language}
-    with atomic_folder(folder, overwrite=overwrite) as made:
+    with atomic_folder(folder, replaces=_FILES["quality"] if overwrite else "") as made:
         model, classifier = made / _FILES["perplexity"], made / _FILES["classifier"]
         perplexity_report = train_perplexity(text_batches(taught), model, options.perplexity, facts=facts)
         examples = [(label, text) for label, _, text in _examples(taught, taught_bad, options, rng)]

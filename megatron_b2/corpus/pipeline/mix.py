@@ -21,13 +21,11 @@ from megatron_b2.corpus.pipeline.report import State
 from megatron_b2.corpus.pipeline.run import made_again_by_the_next_run
 from megatron_b2.corpus.pipeline.view import languages_of, read_view
 from megatron_b2.documents import JsonlWriter
-from megatron_b2.errors import InputError, OutputError
+from megatron_b2.errors import InputError
 from megatron_b2.files.atomic import atomic_file, atomic_folder, write_json
 from megatron_b2.files.progress import ProgressBar
 
 GROUP, WEIGHT = "weights.group", "weights.weight"
-LEAST_BYTES = 100_000
-"""Of a group: several sequences of 4,096 tokens, without which a run refuses it as a source (our choice)."""
 SUMMARY = "mix.json"
 """In the folder of a mix: what it was made of, and the mark of one."""
 
@@ -64,7 +62,7 @@ def mix(
     out: Path,
     *,
     where: str = "",
-    least_bytes: int = LEAST_BYTES,
+    least_bytes: int = 0,
     workers: int = 1,
     overwrite: bool = False,
 ) -> dict[str, Group]:
@@ -87,9 +85,9 @@ def mix(
         DamagedFileError: a file of the run is damaged; the next run makes it again.
     """
     state = State.of(work)
-    _refuse_other_folder(out)
     groups: dict[str, Group] = {}
-    with made_again_by_the_next_run(work), atomic_folder(out, overwrite=overwrite) as folder:
+    replaces = SUMMARY if overwrite else ""
+    with made_again_by_the_next_run(work), atomic_folder(out, replaces=replaces) as folder:
         _check_condition(state, where)
         task = partial(_mix_unit, state, folder, where)
         with (
@@ -129,11 +127,6 @@ def _join_small(groups: dict[str, Group], folder: Path, least_bytes: int) -> Non
         joined.bytes += small.bytes
         (folder / name).rmdir()
         del groups[name]
-
-
-def _refuse_other_folder(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / SUMMARY).is_file():
-        raise OutputError(f"{out}: is not empty and no earlier mix; give another folder")
 
 
 def _check_condition(state: State, where: str) -> None:

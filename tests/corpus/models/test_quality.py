@@ -144,6 +144,6 @@ def test_damaged_models_are_named(trained: tuple[str, Path], tmp_path: Path) -> 
 
 def test_nothing_but_an_earlier_model_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="no earlier quality model"):
+    with pytest.raises(OutputError, match=r"no earlier result \(no quality.json in it\)"):
         train_quality(["a text"] * 20, tmp_path, QualityOptions(language="en"), overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

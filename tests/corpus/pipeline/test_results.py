@@ -159,7 +159,7 @@ def test_mix_replaces_nothing_but_a_mix(pipeline: Path, capsys: pytest.CaptureFi
     command = ["corpus", "mix", str(work), "--workers", "1", "--overwrite", "--out"]
     for folder in (mine, work, work / "documents"):
         assert main([*command, str(folder)]) == 2
-        assert "is not empty and no earlier mix" in capsys.readouterr().err
+        assert "is not empty and no earlier result (no mix.json in it)" in capsys.readouterr().err
     assert (mine / "thesis.txt").read_text() == "years of work"
     for _ in range(2):
         assert main([*command, str(pipeline.parent / "mixed")]) == 0
@@ -186,3 +186,8 @@ def test_examples_of_one_id_show_their_own_texts(tmp_path: Path) -> None:
     run_here(tmp_path, stages=("exact",))
     shown = examples(State.of(tmp_path / "work"))["exact"]
     assert [example.excerpt for example in shown] == ["second", "third"]
+
+
+def test_no_result_yet_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"pipeline\.json is missing: `b2 corpus run` did not end"):
+        State.of(tmp_path)

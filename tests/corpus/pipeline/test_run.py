@@ -494,10 +494,5 @@ def test_another_version_of_the_package_repeats_everything(
     assert {name: spent.reused for name, spent in run.times.items()} == {"extract": 0, "odd": 0}
 
 
-def test_no_result_yet_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"pipeline\.json is missing: `b2 corpus run` did not end"):
-        State.of(tmp_path)
-
-
 def test_damage_reads_as_one_line(tmp_path: Path) -> None:
     assert str(DamagedFileError(tmp_path / "x", "is short")) == f"{tmp_path / 'x'}: is short"
