@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -11,18 +10,14 @@ import pytest
 from megatron_b2.errors import InputError
 from megatron_b2.planner.constants import load_constants
 from megatron_b2.planner.fit import judge
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("planner_tables", ROOT / "tools" / "planner_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("planner_tables")
 
 
 def test_tables_are_current(tool: ModuleType, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ from megatron_b2.config import load_config
 from megatron_b2.layouts.memory import GIB
 from megatron_b2.planner.hardware import load_hardware
 from megatron_b2.planner.report import make_plan
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
@@ -20,12 +20,7 @@ TEXT = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("planning_outputs", ROOT / "tools" / "planning_outputs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("planning_outputs")
 
 
 def shown(tool: ModuleType, *, several: bool) -> tuple[str, str]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import importlib.util
 import sys
 import unicodedata
 from collections import Counter
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -16,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_b2 import _cpu
+from tests.scripts import load_script
 
 KINDS = (
     *("Other", "Space", "Newline", "Punctuation", "Symbol", "Digit", "Letter", "Mark", "Format"),
@@ -45,13 +44,7 @@ def kinds() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    path = Path(__file__).resolve().parents[3] / "tools" / "unicode_table.py"
-    spec = importlib.util.spec_from_file_location("unicode_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("unicode_table")
 
 
 @pytest.mark.skipif(not SAME_UNICODE, reason=f"the table is of Unicode {_cpu.UNICODE_VERSION}")
